@@ -558,18 +558,22 @@ def maze_kwargs(args: Args) -> dict:
 
 
 def read_minari(dataset_id: str) -> RawData:
-    """A Minari dataset as flat arrays; its episodes hold one more observation than steps, which is left out."""
+    """A Minari dataset as flat arrays. An episode is a trajectory, whether or not its last step bears a flag; it holds
+    one more observation than steps, which is left out."""
     episodes = list(open_minari(dataset_id).iterate_episodes())
     observations = [flatten_observation(episode.observations) for episode in episodes]
     if any(len(obs) != len(episode) + 1 for obs, episode in zip(observations, episodes)):
         die(f"{dataset_id} has episodes without their last observation (T instead of T + 1): collect it again.")
-    return RawData(
+    lasts = np.cumsum([len(episode) for episode in episodes]) - 1
+    raw = RawData(
         observations=np.concatenate([obs[:-1] for obs in observations]),
         actions=np.concatenate([episode.actions for episode in episodes]),
         rewards=np.concatenate([episode.rewards for episode in episodes]),
         terminals=np.concatenate([episode.terminations for episode in episodes]),
         timeouts=np.concatenate([episode.truncations for episode in episodes]),
     )
+    raw.timeouts[lasts] |= ~raw.terminals[lasts]
+    return raw
 
 
 def collect_random(env: gym.Env, steps: int, seed: int) -> RawData:
@@ -645,8 +649,9 @@ def check_data(raw: RawData, name: str, env: gym.Env) -> RawData:
     lengths = {key: len(array) for key, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         die(f"{name} has arrays of different lengths {lengths}: make the dataset again.")
-    if raw.observations.ndim != 2 or raw.actions.ndim != 2:
-        die(f"{name} has observations {raw.observations.shape} and actions {raw.actions.shape}: (N, S), (N, A) needed.")
+    shapes = {key: array.shape for key, array in arrays.items()}
+    if [len(shape) for shape in shapes.values()] != [2, 2, 1, 1, 1]:
+        die(f"{name} has arrays of shapes {shapes}: (N, S), (N, A) and three times (N,) are needed.")
     if task_of(env.spec.id) == "Ant" and raw.observations.shape[1] == 111 and obs_dim == 27:
         print("D4RL's 111-column ant: kept the first 27, the other 84 (contact forces) are zero in its data")
         raw.observations = raw.observations[:, :27]
