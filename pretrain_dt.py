@@ -39,6 +39,7 @@ import contextlib
 import csv
 import dataclasses
 import importlib.metadata
+import importlib.util
 import io
 import json
 import math
@@ -137,11 +138,11 @@ class Args:
     log_every: int = 100
     """a console line, a row of metrics.csv and a checkpoint every so many updates"""
     run_dir: str | None = None
-    """folder of the run [None: runs/ENV__pretrain_dt__KIND__SEED__TIME]"""
+    """folder of the run [None: runs/ENV__SCRIPT__KIND__SEED__TIME]"""
     resume: str | None = None
-    """folder of a run to go on with; only --updates, --device and --track may change"""
+    """folder of a run to go on with; only its length (--updates, --iterations), --device and --track may change"""
     eval_only: str | None = None
-    """evaluate this checkpoint (of any script here) and stop"""
+    """evaluate this checkpoint, or that in this folder, of any script here, and stop"""
     capture_video: bool = False
     """film the first evaluation episode into RUN_DIR/videos (needs moviepy and a GL library)"""
     track: bool = False
@@ -159,7 +160,7 @@ class Row(NamedTuple):
 
 
 # Updates and learning rates are ODT+TD3's (Yan et al. 2024), to which the paper's Appendix B.1 defers.
-# Relocate and HalfCheetah are not in the paper: ODT+TD3's values. Keys: environment id up to the version.
+# Relocate and HalfCheetah are not in the paper: ODT+TD3's too, but for a context of 1. Keys: the id up to the version.
 ROWS = {
     "Hopper": Row(5_000, 1e-4, 20, 1, 3600.0),
     "Walker2d": Row(10_000, 1e-3, 20, 1, 5000.0),
@@ -176,7 +177,7 @@ ROWS = {
 
 def fill_from_table(args: Args) -> str:
     """Fill the fields of `args` that are None from the task's row; returns a line that says which row that is."""
-    task, name = task_of(args.env_id), Path(args.dataset).name.lower()
+    task, name = task_of(args.env_id), Path(args.dataset).name.lower().replace("_", "-")
     if args.dataset_kind is None:
         named = ("random", "medium-replay", "medium", "expert", "human", "cloned", "diverse")
         default = "cloned" if task.startswith("Adroit") else "umaze" if task == "AntMaze" else "medium"
@@ -214,7 +215,7 @@ REFERENCE_RETURNS = {
     "AntMaze": (0.0, 1.0),
 }
 
-# The fixed start (r) and goal (g) of D4RL's umaze, in the frame of gymnasium-robotics; a Minari dataset brings its own.
+# D4RL's umaze with its fixed start (r) and goal (g), in gymnasium-robotics' frame; a Minari dataset brings its own map.
 UMAZE = [[1, 1, 1, 1, 1], [1, "r", 0, 0, 1], [1, 1, 1, 0, 1], [1, "g", 0, 0, 1], [1, 1, 1, 1, 1]]
 
 
@@ -459,7 +460,7 @@ class DecisionTransformer(nn.Module):
         observations (B, K, S) and returns (B, K): raw. actions (B, K - 1, A) in [-1, 1]: those before the last step.
         """
         context, drop = returns.shape[1], self.dropout if self.training else 0.0
-        # [7] No positional or time-step embedding: order is known through the causal mask alone (Table 5, ODT).
+        # [7] No positional or time-step embedding: order is known through the causal mask alone (Appendix B.1).
         s = self.embed_observation((observations - self.obs_mean) / self.obs_std)  # (B, K, E)
         g = self.embed_return((returns * self.return_scale)[..., None])  # (B, K, E)
         slots = [g, s] if self.kind == "dt" else [s, g]
@@ -577,7 +578,7 @@ def read_minari(dataset_id: str) -> RawData:
 
 
 def collect_random(env: gym.Env, steps: int, seed: int) -> RawData:
-    """`steps` steps of uniformly random actions; the start of D4RL's "random" sets without their policy network."""
+    """`steps` steps of uniformly random actions. D4RL's "random" sets come from an untrained policy instead."""
     rng, rows, start, last = np.random.default_rng(stream(seed, 0, "random actions")), [], time.time(), time.time()
     observation, _ = env.reset(seed=stream(seed, 0, "random episodes"))
     while len(rows) < steps:
@@ -696,7 +697,7 @@ def load_trajectories(args: Args, env: gym.Env) -> Trajectories:
 
 
 class Windows(NamedTuple):
-    """A batch of training windows, left-padded with zeros."""
+    """A batch of training windows, left-padded."""
 
     observations: torch.Tensor  # (B, K, S)
     returns: torch.Tensor  # (B, K)
@@ -715,7 +716,7 @@ class WindowSampler:
         self.returns = torch.from_numpy(data.returns_to_go().astype(np.float32)).to(device)
 
     def sample(self, rng: np.random.Generator, batch: int) -> Windows:
-        # [10] ODT draws trajectories in proportion to length, then a uniform first step: uniform over all steps.
+        # [13] ODT draws trajectories in proportion to length, then a uniform first step: uniform over all steps.
         first = rng.integers(len(self.ends), size=batch)  # (B,)
         length = np.minimum(self.context, self.ends[first] - first)  # (B,)
         offset = np.arange(self.context) - (self.context - length)[:, None]  # (B, K) negative: padding
@@ -778,7 +779,7 @@ def evaluate(
     history = History(count, context, observations.shape[1], policy.act_dim)
     returns, lengths, alive = np.zeros(count), np.zeros(count, int), np.arange(count)
     while len(alive):
-        history.push(alive, observations[alive], g_start - returns[alive])  # [11] g_{h+1} = g_h - r_h, not clamped
+        history.push(alive, observations[alive], g_start - returns[alive])  # [10] g_{h+1} = g_h - r_h, not clamped
         dist, g = policy.act(*history.windows(alive, device))
         history.returns[alive, -1] = g.cpu().numpy()  # reinformer: the predicted one stays in the window
         history.actions[alive, -1] = dist.mode().cpu().numpy()
@@ -799,7 +800,7 @@ def evaluate(
 
 class Lamb(torch.optim.Optimizer):
     """LAMB (You et al. 2019) as ODT uses it: Adam's direction with both bias corrections, weight decay on every tensor,
-    rescaled to the norm of the tensor it moves. So a step moves each tensor by about lr of its norm."""
+    rescaled to the norm of the tensor it moves. So a step moves each tensor by lr of its norm, unless that is 0."""
 
     def __init__(self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-4):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0))
@@ -811,7 +812,7 @@ class Lamb(torch.optim.Optimizer):
             group["step"] += 1
             (beta1, beta2), correction1 = group["betas"], 1.0 - group["betas"][0] ** group["step"]
             correction2 = 1.0 - beta2 ** group["step"]
-            for p in (p for p in group["params"] if p.grad is not None):  # [12]
+            for p in (p for p in group["params"] if p.grad is not None):  # [11]
                 if not self.state[p]:
                     self.state[p] = dict(m=torch.zeros_like(p), v=torch.zeros_like(p))
                 m, v = self.state[p]["m"], self.state[p]["v"]
@@ -874,7 +875,7 @@ class Learner:
         values["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
         self.optimizer.param_groups[0]["lr"] = args.lr * min(self.step / args.warmup, 1.0)
         self.optimizer.step()
-        # [13] The dual of H >= rho, rho = -dim A: min over kappa >= 0 of kappa (H - rho)
+        # [12] The dual of H >= rho, rho = -dim A: min over kappa >= 0 of kappa (H - rho)
         self.dual.zero_grad()
         (kappa * (values["entropy"].detach() + self.model.act_dim)).backward()
         self.dual.step()
@@ -948,11 +949,13 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
 def load_checkpoint(path: Path) -> dict:
     """A checkpoint of any script here, on the CPU. Exits with a line if it is missing or damaged."""
+    path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.is_file():
         die(f"checkpoint {path} not found: give the folder of a run, or the checkpoint.pt in it.")
+    keys = ("script", "iteration", "sizes", "weights", "args", "env_id", "env_kwargs", "g_eval", "c_online")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        missing = [key for key in ("sizes", "weights", "args", "env_id") if key not in content]
+        missing = [key for key in keys if key not in content]
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError and more
         die(f"cannot read the checkpoint {path}: {first_line(error)}. It is damaged: take another.")
     if missing:
@@ -987,8 +990,12 @@ def parse_args(arguments: list[str] | None = None) -> Args:
         args = tyro.cli(Args, args=arguments)
         if args.resume is None and args.eval_only is None:
             return args
-        path = Path(args.resume) / "checkpoint.pt" if args.resume else Path(args.eval_only)
+        if args.resume and args.eval_only:
+            die("--resume goes on with a run, --eval-only only evaluates: give one of them.")
+        path = Path(args.resume or args.eval_only)
         content, known = load_checkpoint(path), {field.name for field in dataclasses.fields(Args)}
+        if args.resume and content["script"] != Path(__file__).stem:
+            die(f"{path} is a run of {content['script']}.py: resume it with that script.")
         saved = Args(**{name: value for name, value in content["args"].items() if name in known})
         if args.eval_only:
             saved.g_eval, saved.c_online, saved.capture_video = content["g_eval"], content["c_online"], False
@@ -1010,6 +1017,7 @@ class RunLog:
 
     def __init__(self, run_dir: Path, columns: list[str], args, saved: dict | None = None):
         """saved: the checkpoint that a resumed run goes on from; what was written after it is cut off."""
+        run_dir.mkdir(parents=True, exist_ok=True)
         path, self.columns = run_dir / "metrics.csv", columns
         lines = path.read_text().splitlines(keepends=True)[: 1 + saved["rows"]] if saved else [",".join(columns) + "\n"]
         self.rows = len(lines) - 1
@@ -1045,13 +1053,13 @@ class RunLog:
         self.writer.close()
 
 
-def open_run_dir(args, script: str) -> Path:
-    """The folder of this run, made if it is new. Exits with a line rather than mix two runs in one folder."""
+def choose_run_dir(args) -> Path:
+    """The folder of this run, yet to be made. Exits with a line rather than mix two runs in one folder."""
+    script = Path(__file__).stem
     name = f"{args.env_id}__{script}__{args.dataset_kind}__{args.seed}__{int(time.time())}".replace("/", "_")
     run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
     if not args.resume and (run_dir / "checkpoint.pt").exists():
         die(f"{run_dir} holds a run already: go on with --resume {run_dir}, or choose another --run-dir.")
-    run_dir.mkdir(parents=True, exist_ok=True)
     return run_dir
 
 
@@ -1069,14 +1077,11 @@ def make_eval_envs(args, env_kwargs: dict, video_dir: Path) -> list[gym.Env]:
     return envs
 
 
-def run_evaluation(args, model: DecisionTransformer, env_kwargs: dict, iteration: int, video_dir: Path) -> dict:
+def run_evaluation(args, model: DecisionTransformer, envs: list[gym.Env], iteration: int) -> dict[str, float]:
     """Evaluate, print the outcome and return the eval/ columns of metrics.csv. The same (seed, iteration) plays the
     same episodes, so a saved model scores what it scored in memory."""
-    start, envs = time.time(), make_eval_envs(args, env_kwargs, video_dir)
-    seeds = [stream(args.seed, iteration, f"evaluation {i}") for i in range(len(envs))]
+    start, seeds = time.time(), [stream(args.seed, iteration, f"evaluation {i}") for i in range(len(envs))]
     returns, lengths = evaluate(model, envs, args.g_eval, args.c_online, seeds)
-    for env in envs:
-        env.close()
     mean, std, length, score = (
         returns.mean(),
         returns.std(),
@@ -1091,23 +1096,34 @@ def run_evaluation(args, model: DecisionTransformer, env_kwargs: dict, iteration
 
 def eval_only(args) -> None:
     """Evaluate the checkpoint --eval-only; nothing is written but the film."""
+    check_args(args)
     content, (device, dtype) = load_checkpoint(Path(args.eval_only)), set_up_torch(args)
-    model = load_model(content).use_precision(dtype).to(device)
-    run_evaluation(args, model, content["env_kwargs"], content["iteration"], Path(args.eval_only).parent / "videos")
+    model, folder = load_model(content).use_precision(dtype).to(device), Path(args.eval_only)
+    envs = make_eval_envs(args, content["env_kwargs"], (folder if folder.is_dir() else folder.parent) / "videos")
+    run_evaluation(args, model, envs, content["iteration"])
+    for env in envs:
+        env.close()
 
 
-def check_args(args: Args) -> None:
+MAY_BE_ZERO = ("seed", "dropout", "weight_decay", "kappa_lr", "return_loss_weight", "beta", "delta_r", "l_eval")
+MAY_BE_NEGATIVE = ("g_eval", "g_online")
+
+
+def check_args(args) -> None:
     """Exits with a line on values that cannot work, before anything is written."""
-    positive = ("embed_dim", "n_layers", "n_heads", "c_offline", "c_online", "updates", "batch_size", "warmup")
-    for name in (*positive, "lr", "dataset_steps", "eval_episodes", "log_every", "kappa_initial", "threads"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            die(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a number above 0.")
+    for name, value in vars(args).items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or name in MAY_BE_NEGATIVE:
+            continue
+        if not (value > 0 or (value == 0 and name in MAY_BE_ZERO)) or math.isinf(value):
+            die(f"--{name.replace('_', '-')} is {value}: give one above 0.")
+    for name in ("dropout", "expectile"):
+        if getattr(args, name, 0.0) >= 1.0:
+            die(f"--{name} is {getattr(args, name)}: give a number below 1.")
     if args.embed_dim % args.n_heads:
         die(f"--embed-dim {args.embed_dim} is not a multiple of --n-heads {args.n_heads}: change one of them.")
-    if not (0.0 <= args.dropout < 1.0 and 0.0 < args.expectile < 1.0):
-        die(f"--dropout {args.dropout} must lie in [0, 1), --expectile {args.expectile} in (0, 1).")
-    if args.seed < 0:
-        die(f"--seed is {args.seed}: give 0 or more.")
+    for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
+        if getattr(args, flag) and importlib.util.find_spec(package) is None:
+            die(f"--{flag.replace('_', '-')} needs {package}: pip install {package}.")
 
 
 def new_model(args: Args, data: Trajectories) -> DecisionTransformer:
@@ -1127,7 +1143,7 @@ def check_resumed(saved: dict, facts: dict, args: Args) -> None:
     if saved["fingerprint"] != facts["fingerprint"]:
         die(f"the data in {args.dataset} changed since {args.resume} began: put the old ones back, or start a new run.")
     if saved["precision"] != facts["precision"]:
-        die(f"{args.resume} began in {saved['precision']}, this device would go on in {facts['precision']}.")
+        die(f"{args.resume} began in {saved['precision']}, here it is {facts['precision']}: use a device like it.")
     if saved["iteration"] > args.updates:
         die(f"{args.resume} is at update {saved['iteration']:,} already: give --updates {saved['iteration']} or more.")
 
@@ -1136,7 +1152,7 @@ def run_facts(args: Args, model: DecisionTransformer, data: Trajectories, env_kw
     """What every checkpoint of a run says beside weights and state: plain types, for whoever finetunes or evaluates."""
     best_return = float(data.episode_returns().max())
     args.g_eval = best_return if args.g_eval is None else args.g_eval
-    facts = dict(script="pretrain_dt", sizes=model.sizes, env_id=args.env_id, env_kwargs=env_kwargs)
+    facts = dict(script=Path(__file__).stem, sizes=model.sizes, env_id=args.env_id, env_kwargs=env_kwargs)
     facts |= dict(dataset=args.dataset, dataset_kind=args.dataset_kind, dataset_best_return=best_return)
     facts |= dict(fingerprint=data.fingerprint(), precision=str(dtype), g_eval=args.g_eval, c_online=args.c_online)
     return facts | dict(args=vars(args) | {"resume": None})
@@ -1153,7 +1169,7 @@ def progress_line(step: int, updates: int, losses: dict[str, float], rate: float
 def main(args: Args) -> Path:
     """Pretrain, or go on with a run; returns the run's folder."""
     check_args(args)
-    saved = load_checkpoint(Path(args.resume) / "checkpoint.pt") if args.resume else None
+    saved = load_checkpoint(Path(args.resume)) if args.resume else None
     print(fill_from_table(args), flush=True)
     env_kwargs = saved["env_kwargs"] if saved else maze_kwargs(args)
     env, (device, dtype) = make_env(args.env_id, env_kwargs), set_up_torch(args)
@@ -1167,20 +1183,21 @@ def main(args: Args) -> Path:
     if saved:
         check_resumed(saved, facts, args)
         learner.load_state(saved)
-    run_dir = open_run_dir(args, "pretrain_dt")
+    run_dir = choose_run_dir(args)
+    envs = make_eval_envs(args, env_kwargs, run_dir / "videos")  # before training: what fails, fails early
     log = RunLog(run_dir, METRICS, args, saved)
     size = f"{sum(p.numel() for p in model.parameters()):,} weights"
     print(f"{args.model}, {size}, {device.type}, {args.threads} threads, {dtype}, in {run_dir}", flush=True)
 
     begun = block_begun = time.time()
-    first = learner.step
+    first = block_first = learner.step
     while learner.step < args.updates:
         learner.update(sampler)
         step = learner.step
         if step % args.log_every and step < args.updates:
             continue
         losses, now = learner.mean_losses(), time.time()
-        rate, block_begun = ((step - 1) % args.log_every + 1) / (now - block_begun), now
+        rate, block_begun, block_first = (step - block_first) / (now - block_begun), now, step
         seconds_left = (args.updates - step) * (now - begun) / (step - first)
         print(progress_line(step, args.updates, losses, rate, seconds_left), flush=True)
         if step % args.log_every == 0:
@@ -1191,19 +1208,21 @@ def main(args: Args) -> Path:
         save_checkpoint(run_dir / "checkpoint.pt", facts | content)
 
     # The closing row is not among the checkpoint's rows: a run that is resumed with more updates drops it.
-    log.write(learner.step, run_evaluation(args, model, env_kwargs, learner.step, run_dir / "videos"))
+    log.write(learner.step, run_evaluation(args, model, envs, learner.step))
     log.close()
+    for each in [env, *envs]:
+        each.close()
     print(f"checkpoint: {run_dir / 'checkpoint.pt'}", flush=True)
     return run_dir
 
 
 if __name__ == "__main__":
-    if "--capture-video" in sys.argv and "DISPLAY" not in os.environ:
+    if any(word.replace("_", "-") == "--capture-video" for word in sys.argv) and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is first imported
     try:
         arguments = parse_args()
         eval_only(arguments) if arguments.eval_only else main(arguments)
     except KeyboardInterrupt:
-        raise SystemExit("stopped: go on with --resume RUN_DIR") from None
+        raise SystemExit("stopped: a run goes on from its last checkpoint with --resume RUN_DIR") from None
     except OSError as error:
         die(f"{error}: what was written before is kept; once that is mended, go on with --resume RUN_DIR.")
