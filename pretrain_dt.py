@@ -48,6 +48,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from dataclasses import dataclass
@@ -300,7 +301,7 @@ def make_env(env_id: str, env_kwargs: dict | None = None, render_mode: str | Non
         gym.register_envs(gymnasium_robotics)
     try:
         env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True, **kwargs)
-    except (gym.error.Error, ImportError, TypeError) as error:
+    except Exception as error:  # gymnasium's errors, missing packages, and whatever a task's own code raises
         die(f"cannot make the environment {env_id}: {first_line(error)}. Name one such as Hopper-v5 or Ant-v4.")
     actions, observations = env.action_space, env.observation_space
     if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
@@ -386,7 +387,7 @@ class Block(nn.Module):
         """x (B, L, E), mask (B or 1, 1, L, L) True where a query may look -> the tokens in `read` (B, L', E)."""
         drop = self.dropout if self.training else 0.0
         h = self.norm1(x)
-        q = self.query(h[:, read])  # (B, L', E)
+        q = self.query(h[:, read].contiguous())  # (B, L', E); strided, it would round otherwise without gradients
         k, v = self.key_value(h).chunk(2, dim=-1)  # (B, L, E) each
         q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, E / heads)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :, read], dropout_p=drop)
@@ -430,7 +431,7 @@ class DecisionTransformer(nn.Module):
         self.register_buffer("obs_std", torch.ones(obs_dim))
         self.register_buffer("return_scale", torch.ones(()))
         for layer in (layer for block in self.blocks for layer in block.modules() if isinstance(layer, Linear)):
-            nn.init.normal_(layer.weight, std=0.02)  # [5] GPT-2's; embeddings keep PyTorch's, heads are orthogonal
+            nn.init.normal_(layer.weight, std=0.02)  # [5] GPT-2's; embeddings and return head keep PyTorch's
             nn.init.zeros_(layer.bias)
         for head in (self.mean_head, self.log_std_head):
             nn.init.orthogonal_(head.weight)
@@ -477,8 +478,8 @@ class DecisionTransformer(nn.Module):
             predicted_returns = None
         else:
             x = self.norm_out(self.blocks[-1](x, mask))
-            action_tokens = x[:, 1::3]
-            predicted_returns = self.return_head(x[:, 0::3]).squeeze(-1) / self.return_scale  # (B, K), raw
+            state_tokens, action_tokens = x[:, 0::3].contiguous(), x[:, 1::3].contiguous()  # (B, K, E)
+            predicted_returns = self.return_head(state_tokens).squeeze(-1) / self.return_scale  # (B, K), raw
         spread = torch.tanh(self.log_std_head(action_tokens))
         log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (spread + 1.0)
         return SquashedGaussian(self.mean_head(action_tokens), log_std), predicted_returns
@@ -625,7 +626,10 @@ class Trajectories:
 
     def fingerprint(self) -> int:
         """Tells two datasets apart when a run is resumed."""
-        return zlib.crc32(self.actions.tobytes(), zlib.crc32(self.observations.tobytes(), zlib.crc32(self.rewards)))
+        value = 0
+        for array in (self.rewards, self.observations, self.actions, self.lengths):
+            value = zlib.crc32(array.tobytes(), value)
+        return value
 
 
 def cut_trajectories(raw: RawData, task: str, drop_last: bool = False) -> list[slice]:
@@ -647,12 +651,15 @@ def check_data(raw: RawData, name: str, env: gym.Env) -> RawData:
     """Exits with a line on NaNs, on arrays of different lengths and on dimensions unlike the environment's."""
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     arrays = {field.name: getattr(raw, field.name) for field in dataclasses.fields(raw)}
-    lengths = {key: len(array) for key, array in arrays.items()}
-    if len(set(lengths.values())) > 1:
-        die(f"{name} has arrays of different lengths {lengths}: make the dataset again.")
     shapes = {key: array.shape for key, array in arrays.items()}
     if [len(shape) for shape in shapes.values()] != [2, 2, 1, 1, 1]:
         die(f"{name} has arrays of shapes {shapes}: (N, S), (N, A) and three times (N,) are needed.")
+    lengths = {key: len(array) for key, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        die(f"{name} has arrays of different lengths {lengths}: make the dataset again.")
+    types = {key: str(array.dtype) for key, array in arrays.items()}
+    if any(array.dtype.kind not in "biuf" for array in arrays.values()):
+        die(f"{name} has arrays of types {types}: real numbers are needed.")
     if task_of(env.spec.id) == "Ant" and raw.observations.shape[1] == 111 and obs_dim == 27:
         print("D4RL's 111-column ant: kept the first 27, the other 84 (contact forces) are zero in its data")
         raw.observations = raw.observations[:, :27]
@@ -668,7 +675,7 @@ def check_data(raw: RawData, name: str, env: gym.Env) -> RawData:
             f"{env.spec.id} has {obs_dim} and {act_dim}: {hint}."
         )
     for key, array in arrays.items():
-        bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
+        bad = np.flatnonzero(~np.isfinite(array).all(axis=tuple(range(1, array.ndim))))
         if len(bad):
             die(f"{name} has a value in {key} that is not finite, first in row {bad[0]:,}: clean or make it again.")
     return raw
@@ -683,7 +690,7 @@ def load_trajectories(args: Args, env: gym.Env) -> Trajectories:
     raw = check_data(raw, args.dataset, env)
     pieces = cut_trajectories(raw, task_of(args.env_id), args.drop_last_episode)
     if not pieces:
-        die(f"{args.dataset} has no finished trajectory: none of its steps is a terminal or a timeout that counts.")
+        die(f"{args.dataset} has no finished trajectory: none of its steps is a terminal or timeout. Get more steps.")
     actions = np.concatenate([raw.actions[piece] for piece in pieces])
     outside = np.mean(np.any((actions < env.action_space.low) | (actions > env.action_space.high), axis=1))
     if outside:
@@ -916,7 +923,7 @@ METRICS += ["time/iteration", "time/eval"]
 
 def die(message: str) -> NoReturn:
     """End with one line on stderr and exit code 1."""
-    raise SystemExit(f"error: {message}")
+    raise SystemExit("error: " + re.sub(r"\s*\n\s*", " ", message))
 
 
 def first_line(error: Exception) -> str:
@@ -965,8 +972,11 @@ def load_checkpoint(path: Path) -> dict:
 
 def load_model(content: dict, dropout: float = 0.0) -> DecisionTransformer:
     """The network of a checkpoint, with the statistics of its observations and the scale of its returns."""
-    model = DecisionTransformer(**content["sizes"], dropout=dropout)
-    model.load_state_dict(content["weights"])
+    try:
+        model = DecisionTransformer(**content["sizes"], dropout=dropout)
+        model.load_state_dict(content["weights"])
+    except (TypeError, RuntimeError) as error:
+        die(f"the checkpoint's weights do not fit its sizes {content['sizes']}: {first_line(error)}. Take another.")
     return model
 
 
@@ -999,7 +1009,7 @@ def parse_args(arguments: list[str] | None = None) -> Args:
         saved = Args(**{name: value for name, value in content["args"].items() if name in known})
         if args.eval_only:
             saved.g_eval, saved.c_online, saved.capture_video = content["g_eval"], content["c_online"], False
-            saved.device, saved.threads, saved.resume = "auto", None, None
+            saved.device, saved.resume = "auto", None
         args = tyro.cli(Args, args=arguments, default=saved)
     except SystemExit as stop:  # tyro's own messages stay; its exit code for bad usage, 2, becomes ours
         raise SystemExit(1 if stop.code == 2 else stop.code) from None
@@ -1036,7 +1046,11 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.file = open(path, "a", newline="")
-        self.writer = SummaryWriter(str(run_dir), purge_step=saved["iteration"] + 1 if saved else None)
+        self.writer = SummaryWriter(str(run_dir), purge_step=0)
+        for row in csv.DictReader(lines):  # what is kept, anew: events of a killed process may be lost
+            for name in columns[1:]:
+                if row[name]:
+                    self.writer.add_scalar(name, float(row[name]), int(row["iteration"]))
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """A row; names that are not in `values`, and values that are NaN, stay empty."""
@@ -1050,6 +1064,7 @@ class RunLog:
 
     def close(self) -> None:
         self.file.close()
+        self.writer.flush()  # raises what TensorBoard's thread met; close() would not
         self.writer.close()
 
 
@@ -1112,9 +1127,13 @@ MAY_BE_NEGATIVE = ("g_eval", "g_online")
 def check_args(args) -> None:
     """Exits with a line on values that cannot work, before anything is written."""
     for name, value in vars(args).items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or name in MAY_BE_NEGATIVE:
+        if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        if not (value > 0 or (value == 0 and name in MAY_BE_ZERO)) or math.isinf(value):
+        if not math.isfinite(value):
+            die(f"--{name.replace('_', '-')} is {value}: give a finite number.")
+        if name in MAY_BE_NEGATIVE:
+            continue
+        if not (value > 0 or (value == 0 and name in MAY_BE_ZERO)):
             die(f"--{name.replace('_', '-')} is {value}: give one above 0.")
     for name in ("dropout", "expectile"):
         if getattr(args, name, 0.0) >= 1.0:
@@ -1219,6 +1238,7 @@ def main(args: Args) -> Path:
 if __name__ == "__main__":
     if any(word.replace("_", "-") == "--capture-video" for word in sys.argv) and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is first imported
+    threading.excepthook = lambda failure: None  # TensorBoard's thread: the next write raises its error again, here
     try:
         arguments = parse_args()
         eval_only(arguments) if arguments.eval_only else main(arguments)
