@@ -1432,10 +1432,8 @@ def check_args(args) -> None:
 def pretrained_on_random(args: Args) -> Path:
     """The checkpoint that is used where --pretrained is left out: pretrain_dt.py, run once on random data of this
     environment for this model, kept under runs/pretrained: minutes on two cores at any width."""
-    name, key = (
-        f"{args.env_id}__{args.model}__{args.embed_dim}x{args.n_layers}x{args.n_heads}",
-        row_of(args.env_id, args.dataset_kind or "random"),
-    )
+    name = f"{args.env_id}__{args.model}__{args.embed_dim}x{args.n_layers}x{args.n_heads}"
+    key = row_of(args.env_id, args.dataset_kind or "random")
     context = args.c_online or (ROWS[key].c_online if key else 1)
     target = Path("runs/pretrained") / f"{name}__c{context}__{args.seed}".replace("/", "_")
     if (target / "checkpoint.pt").exists():
@@ -1446,7 +1444,7 @@ def pretrained_on_random(args: Args) -> Path:
     flags = dict(env_id=args.env_id, model=args.model, embed_dim=args.embed_dim, n_layers=args.n_layers, seed=args.seed)
     flags |= dict(n_heads=args.n_heads, device=args.device, run_dir=own, c_offline=context, c_online=context)
     # [17] a context of c_online and few updates at a large rate: quick, and groups whose members differ
-    flags |= dict(dataset_steps=30_000, updates=600, batch_size=256, lr=1e-3)
+    flags |= dict(dataset_steps=30_000, updates=max(150, 600 // context), batch_size=256, lr=1e-3)
     flags |= {"threads": args.threads} if args.threads else {}
     command = [sys.executable, str(Path(__file__).with_name("pretrain_dt.py"))]
     command += [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
