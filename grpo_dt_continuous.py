@@ -1144,7 +1144,7 @@ class GRPOLearner:
 
     def update(self, iteration: int) -> dict[str, float]:
         """Line 9: minibatches drawn uniformly from the buffer, a gradient step each; means of the values to log."""
-        args, logged, first = self.args, [], math.nan
+        args, logged = self.args, []
         rng = np.random.default_rng(stream(args.seed, iteration, "minibatches"))
         torch.manual_seed(stream(args.seed, iteration, "entropy"))
         for _ in range(args.n_minibatches if self.buffer is not None else 0):
@@ -1322,7 +1322,8 @@ class RunLog:
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
         content = {"args": vars(args), "versions": versions, "commit": commit}
-        (run_dir / "args.json").write_text(json.dumps(content, indent=2) + "\n")
+        (run_dir / "args.tmp").write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(run_dir / "args.tmp", run_dir / "args.json")  # renamed, so that a full disk leaves no half of it
         if args.track:
             import wandb
 

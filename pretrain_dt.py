@@ -14,6 +14,7 @@ Departures from the paper and from ODT, its base (docs/pretrain_dt.md explains e
   (5) matrix products in bf16 where the hardware has units for it; residual stream, norms, heads, losses in fp32
   (6) D4RL's rules are put back where gymnasium-robotics 1.4.2 differs (docs/datasets.md)
   (7) --model reinformer keeps this transformer (pre-LN, no time-step embedding) and ODT's squashed Gaussian
+  (8) "random" data are uniformly random actions; D4RL's random sets come from an untrained policy
 
 On a laptop: python pretrain_dt.py --env-id Hopper-v5 --embed-dim 128 --updates 500 --batch-size 64 --lr 1e-3
 In full:     python pretrain_dt.py --env-id Hopper-v5 --dataset mujoco/hopper/medium-v0
@@ -1038,7 +1039,8 @@ class RunLog:
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
         content = {"args": vars(args), "versions": versions, "commit": commit}
-        (run_dir / "args.json").write_text(json.dumps(content, indent=2) + "\n")
+        (run_dir / "args.tmp").write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(run_dir / "args.tmp", run_dir / "args.json")  # renamed, so that a full disk leaves no half of it
         if args.track:
             import wandb
 

@@ -474,16 +474,14 @@ def test_the_top_level_holds_scripts_and_house_files_only():
     assert sorted(name for name in top if not is_allowed_at_the_top(name)) == []
 
 
-# Folders of a home or work machine. Built from parts, so that this file does not match itself.
-MACHINE_PATH = re.compile(
-    r"(?<![\w.~}/-])/(?:(?:" + "|".join(["work", "root", "home", "Users"]) + r")/|tmp/" + r"venv\b)"
-)
+# Folders of somebody's machine. Built from parts, so that this file does not match itself.
+MACHINE_PATH = re.compile(r"(?<![\w.~}/-])/(?:" + "|".join(["root", "home", "Users"]) + r")/")
 
 
 def test_machine_paths_are_recognised():
-    for parts in (["", "work", "main"], ["", "root", ".cache"], ["", "home", "me"], ["", "tmp", "venv", "bin"]):
+    for parts in (["", "root", ".cache"], ["", "home", "me", "x"], ["", "Users", "me", "x"]):
         assert MACHINE_PATH.search('run "' + "/".join(parts) + '"'), parts
-    for text in ("https://example.org/work/1", "docs/work/x", "~/home/x", "/tmp/run", "/workshop/", "a/root/b"):
+    for text in ("https://example.org/homepage", "docs/home.md", "rooted"):
         assert not MACHINE_PATH.search(text), text
 
 
