@@ -16,26 +16,11 @@ Departures from the paper (docs/grpo_dt.md explains each under the same number):
   (5) old log-probabilities are computed by the update's own forward when a sub-trajectory enters the buffer
   (6) matrix products in bf16 where the hardware has units for it; residual stream, norms, heads, losses in fp32
   (7) D4RL's rules are put back where gymnasium-robotics 1.4.2 differs (docs/datasets.md)
+  (8) the first iteration rolls out as many full trajectories as it draws, not one, so that the replay is not one fall
 
 On a laptop: python grpo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 30
 In full:     python grpo_dt_continuous.py --env-id Hopper-v5 --pretrained runs/NAME/checkpoint.pt
 """
-
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#   "torch==2.13.0",
-#   "numpy==2.4.6",
-#   "gymnasium[mujoco]==1.4.0",
-#   "mujoco==3.14.0",
-#   "gymnasium-robotics==1.4.2",
-#   "minari[hdf5,hf]==0.5.4",
-#   "h5py==3.16.0",
-#   "Pillow==13.0.0",
-#   "tyro==1.0.17",
-#   "tensorboard==2.21.0",
-# ]
-# ///
 
 import contextlib
 import copy
@@ -89,17 +74,10 @@ class Args:
     """checkpoint of pretrain_dt.py to start from [None: one is made from random data, in minutes, and kept]"""
     dataset_kind: DatasetKind | None = None
     """kind of data, picks the paper's row [None: that of the checkpoint]"""
-    iterations: int = 500
-    """T: iterations of Algorithm 1"""
-
-    model: Literal["dt", "reinformer"] = "dt"
-    """dt: tokens (g, s, a), the return-to-go is given; reinformer: tokens (s, g, a), it is predicted"""
     embed_dim: int = 512
     """E, width of the transformer"""
-    n_layers: int = 4
-    """number of transformer blocks"""
-    n_heads: int = 4
-    """attention heads per block, divides --embed-dim"""
+    iterations: int = 500
+    """T: iterations of Algorithm 1"""
 
     n_trajectories: int | None = None
     """full trajectories rolled out per iteration [None: the row]"""
@@ -187,42 +165,28 @@ class Args:
     """initial return-to-go of the evaluation [raw reward units; None: the row; not used by reinformer]"""
 
 
-class Table6Row(NamedTuple):
-    """A row of the paper's Table 6; the fields that Args leaves at None."""
-
-    n_batch: int
-    c_online: int
-    g_online: float
-    l_traj: int
-    l_eval: int
-    gamma: float
-    epsilon: float
-    delta_r: float
-    lr: float
-    kappa_initial: float
-    n_trajectories: int = 1  # Appendix B.1: 1, Adroit 5
-
-
-# Table 6. Keys: environment id up to the version, kind of data. A kind without a row takes medium, cloned or umaze.
+# Table 6, and n_trajectories of Appendix B.1. Keys: environment id up to the version, kind of data.
+COLUMNS = ("n_batch", "c_online", "g_online", "l_traj", "l_eval", "gamma", "epsilon", "delta_r", "lr", "kappa_initial")
+COLUMNS += ("n_trajectories",)
 ROWS = {
-    ("Hopper", "medium"): Table6Row(256, 1, 7200.0, 15, 400, 0.995, 0.2, 2.0, 5e-5, 0.20),
-    ("Hopper", "random"): Table6Row(256, 1, 7200.0, 15, 400, 0.995, 0.2, 2.0, 5e-5, 0.20),
-    ("Walker2d", "medium"): Table6Row(256, 1, 10000.0, 15, 400, 0.995, 0.3, 2.0, 5e-5, 0.04),
-    ("Walker2d", "random"): Table6Row(256, 1, 10000.0, 15, 400, 0.995, 0.3, 2.0, 5e-5, 0.20),
-    ("Ant", "medium"): Table6Row(256, 1, 12000.0, 15, 200, 0.995, 0.3, 2.0, 5e-5, 0.04),
-    ("Ant", "random"): Table6Row(256, 1, 12000.0, 15, 200, 0.995, 0.3, 2.0, 5e-5, 0.20),
-    ("AdroitHandDoor", "cloned"): Table6Row(512, 1, 3000.0, 10, 100, 0.99, 0.3, 0.5, 3e-5, 0.10, 5),
-    ("AdroitHandDoor", "human"): Table6Row(512, 1, 3000.0, 10, 100, 0.99, 0.3, 0.4, 3e-5, 0.04, 5),
-    ("AdroitHandPen", "cloned"): Table6Row(512, 1, 6000.0, 3, 30, 0.99, 0.3, 0.0, 3e-5, 0.02, 5),
-    ("AdroitHandPen", "human"): Table6Row(512, 1, 6000.0, 3, 30, 0.99, 0.3, 0.0, 3e-5, 0.02, 5),
-    ("AdroitHandHammer", "cloned"): Table6Row(512, 5, 4000.0, 10, 100, 0.99, 0.3, 0.0, 3e-5, 0.05, 5),
-    ("AdroitHandHammer", "human"): Table6Row(512, 5, 4000.0, 10, 100, 0.99, 0.3, 0.8, 3e-5, 0.05, 5),
-    ("AntMaze", "umaze"): Table6Row(256, 1, 2.0, 10, 200, 1.0, 0.2, 0.0, 5e-5, 0.05),
-    ("AntMaze", "diverse"): Table6Row(256, 5, 2.0, 10, 200, 1.0, 0.2, 0.0, 5e-5, 0.05),
+    ("Hopper", "medium"): (256, 1, 7200.0, 15, 400, 0.995, 0.2, 2.0, 5e-5, 0.20, 1),
+    ("Hopper", "random"): (256, 1, 7200.0, 15, 400, 0.995, 0.2, 2.0, 5e-5, 0.20, 1),
+    ("Walker2d", "medium"): (256, 1, 10000.0, 15, 400, 0.995, 0.3, 2.0, 5e-5, 0.04, 1),
+    ("Walker2d", "random"): (256, 1, 10000.0, 15, 400, 0.995, 0.3, 2.0, 5e-5, 0.20, 1),
+    ("Ant", "medium"): (256, 1, 12000.0, 15, 200, 0.995, 0.3, 2.0, 5e-5, 0.04, 1),
+    ("Ant", "random"): (256, 1, 12000.0, 15, 200, 0.995, 0.3, 2.0, 5e-5, 0.20, 1),
+    ("AdroitHandDoor", "cloned"): (512, 1, 3000.0, 10, 100, 0.99, 0.3, 0.5, 3e-5, 0.10, 5),
+    ("AdroitHandDoor", "human"): (512, 1, 3000.0, 10, 100, 0.99, 0.3, 0.4, 3e-5, 0.04, 5),
+    ("AdroitHandPen", "cloned"): (512, 1, 6000.0, 3, 30, 0.99, 0.3, 0.0, 3e-5, 0.02, 5),
+    ("AdroitHandPen", "human"): (512, 1, 6000.0, 3, 30, 0.99, 0.3, 0.0, 3e-5, 0.02, 5),
+    ("AdroitHandHammer", "cloned"): (512, 5, 4000.0, 10, 100, 0.99, 0.3, 0.0, 3e-5, 0.05, 5),
+    ("AdroitHandHammer", "human"): (512, 5, 4000.0, 10, 100, 0.99, 0.3, 0.8, 3e-5, 0.05, 5),
+    ("AntMaze", "umaze"): (256, 1, 2.0, 10, 200, 1.0, 0.2, 0.0, 5e-5, 0.05, 1),
+    ("AntMaze", "diverse"): (256, 5, 2.0, 10, 200, 1.0, 0.2, 0.0, 5e-5, 0.05, 1),
 }
 
 
-def row_of(env_id: str, kind: str | None) -> tuple[str, str] | None:
+def row_of(env_id: str, kind: str) -> tuple[str, str] | None:
     """The key of the task's row: that of the kind of data, else of medium, cloned or umaze; None outside the table."""
     keys = [(task_of(env_id), each) for each in (kind, "medium", "cloned", "umaze")]
     return next((key for key in keys if key in ROWS), None)
@@ -235,18 +199,14 @@ def fill_from_table_6(args: Args, kind: str, best_return: float) -> str:
     """
     args.dataset_kind = args.dataset_kind or kind
     key = row_of(args.env_id, args.dataset_kind)
-    row = ROWS[key] if key else ROWS["Hopper", "medium"]._replace(g_online=best_return + abs(best_return))
-    for field, value in row._asdict().items():
-        if getattr(args, field) is None:
-            setattr(args, field, value)
+    row = dict(zip(COLUMNS, ROWS[key or ("Hopper", "medium")]))
+    if key is None:
+        row["g_online"] = best_return + abs(best_return)
+    for field in (field for field in COLUMNS if getattr(args, field) is None):
+        setattr(args, field, row[field])
     args.g_eval = args.g_online if args.g_eval is None else args.g_eval
-    source = (
-        f"row {' '.join(key)}"
-        if key
-        else f"no row for {args.env_id}: Hopper's row, g_online = best + |best| of the data"
-    )
-    values = ", ".join(f"{field} {getattr(args, field):g}" for field in row._fields)
-    return f"{source} ({args.dataset_kind} data): {values}"
+    source = f"row {' '.join(key)}" if key else f"no row for {args.env_id}: Hopper's, g_online from the best return"
+    return f"{source} ({args.dataset_kind} data): " + ", ".join(f"{name} {getattr(args, name):g}" for name in COLUMNS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,6 +225,7 @@ REFERENCE_RETURNS = {
     "AdroitHandRelocate": (-6.425911, 4233.877797728884),
     "AntMaze": (0.0, 1.0),
 }
+GOAL_KEYS = ("achieved_goal", "observation", "desired_goal")
 
 
 def task_of(env_id: str) -> str:
@@ -280,34 +241,26 @@ def normalized_score(env_id: str, returns: float) -> float:
 
 
 def flatten_observation(observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
-    """One flat vector (..., S). Goal dictionaries in the order achieved_goal, observation, desired_goal (AntMaze: 31),
-    so that the first 29 are D4RL's layout (qpos, qvel)."""
+    """One flat vector (..., S). A goal dictionary in the order of GOAL_KEYS (AntMaze: 31), so that the first 29 are
+    D4RL's layout (qpos, qvel)."""
     if isinstance(observation, dict):
-        parts = [observation[key] for key in ("achieved_goal", "observation", "desired_goal")]
-        return np.concatenate(parts, axis=-1)
+        return np.concatenate([observation[key] for key in GOAL_KEYS], axis=-1)
     return np.asarray(observation)
 
 
-def d4rl_reward(task: str, observation: np.ndarray, reward: float) -> float:
-    """D4RL's reward from that of gymnasium-robotics 1.4.2 and the observation (..., S) after the step.
-
-    Since 1.2.1 its door, hammer and relocate add 0.1 |hand - object| where D4RL subtracts it: taking it off twice
-    puts that right. Both positions, or their difference, stand in the observation.
-    """
+def d4rl_rules(task: str, observation: np.ndarray, reward, terminated) -> tuple:
+    """Reward and termination by D4RL's rules, from those of gymnasium-robotics 1.4.2 and the observation (..., S) after
+    the step. Since 1.2.1 its door, hammer and relocate add 0.1 |hand - object| where D4RL subtracts it: taking it off
+    twice puts that right. D4RL's pen ends when it has fallen below 0.075 m; today's never does."""
     if task == "AdroitHandDoor":
-        return reward - 0.2 * np.linalg.norm(observation[..., 35:38], axis=-1)  # palm - handle
-    if task == "AdroitHandHammer":
-        return reward - 0.2 * np.linalg.norm(observation[..., 33:36] - observation[..., 36:39], axis=-1)
-    if task == "AdroitHandRelocate":
-        return reward - 0.2 * np.linalg.norm(observation[..., 30:33], axis=-1)  # palm - ball
-    return reward
-
-
-def d4rl_terminated(task: str, observation: np.ndarray, terminated: bool) -> bool:
-    """D4RL's termination: its pen ends when the pen has fallen below 0.075 m; gymnasium-robotics' never does."""
-    if task == "AdroitHandPen":
-        return terminated | (observation[..., 26] < 0.075)  # height of the pen
-    return terminated
+        reward = reward - 0.2 * np.linalg.norm(observation[..., 35:38], axis=-1)  # palm - handle
+    elif task == "AdroitHandHammer":
+        reward = reward - 0.2 * np.linalg.norm(observation[..., 33:36] - observation[..., 36:39], axis=-1)
+    elif task == "AdroitHandRelocate":
+        reward = reward - 0.2 * np.linalg.norm(observation[..., 30:33], axis=-1)  # palm - ball
+    elif task == "AdroitHandPen":
+        terminated = terminated | (observation[..., 26] < 0.075)  # height of the pen
+    return reward, terminated
 
 
 class D4RLRules(gym.Wrapper):
@@ -327,12 +280,12 @@ class D4RLRules(gym.Wrapper):
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
         observation = flatten_observation(observation)
-        reward = float(d4rl_reward(self.task, observation, reward))
-        return observation, reward, bool(d4rl_terminated(self.task, observation, terminated)), truncated, info
+        reward, terminated = d4rl_rules(self.task, observation, reward, terminated)
+        return observation, float(reward), bool(terminated), truncated, info
 
 
 def make_env(env_id: str, env_kwargs: dict | None = None, render_mode: str | None = None) -> gym.Env:
-    """The environment `env_id` under D4RL's rules, with flat observations and checked spaces.
+    """The environment `env_id` under D4RL's rules, with flat observations.
 
     Exits with a line if it is unknown, or if observations or actions are not a flat Box, that of actions bounded.
     """
@@ -349,18 +302,13 @@ def make_env(env_id: str, env_kwargs: dict | None = None, render_mode: str | Non
     try:
         env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True, **kwargs)
     except Exception as error:  # gymnasium's errors, missing packages, and whatever a task's own code raises
-        die(f"cannot make the environment {env_id}: {first_line(error)}. Name one such as Hopper-v5 or Ant-v4.")
-    actions, observations = env.action_space, env.observation_space
-    if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
-        die(f"{env_id} has actions {actions}: a Decision Transformer with Gaussian actions needs a flat Box of them.")
+        die(f"cannot make the environment {env_id}: {error}. Name one such as Hopper-v5 or Ant-v4.")
+    actions, seen = env.action_space, env.observation_space
+    parts = seen.values() if isinstance(seen, gym.spaces.Dict) and {*seen} == {*GOAL_KEYS} else [seen]
+    if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (*parts, actions)):
+        die(f"{env_id} has actions {actions} and observations {seen}: both must be flat Boxes (goal keys may stay).")
     if not np.all(np.isfinite([actions.low, actions.high])):
         die(f"{env_id} has unbounded actions {actions}: they are scaled between their bounds, so give it finite ones.")
-    goal_keys = {"achieved_goal", "observation", "desired_goal"}
-    if isinstance(observations, gym.spaces.Dict) and set(observations) != goal_keys:
-        die(f"{env_id} has a dictionary of observations {sorted(observations)}: only {sorted(goal_keys)} can be used.")
-    parts = observations.values() if isinstance(observations, gym.spaces.Dict) else [observations]
-    if not all(isinstance(part, gym.spaces.Box) and len(part.shape) == 1 for part in parts):
-        die(f"{env_id} has observations {observations}: a flat Box (a vector) is needed.")
     return D4RLRules(env)
 
 
@@ -383,8 +331,7 @@ def simulator_of(env: gym.Env):
 def live_arrays(env: gym.Env) -> list[np.ndarray]:
     """What beside the integration state makes a simulation: body positions, of which rewards take differences; model
     fields that Adroit draws at each reset; the goal of a maze. All of them views."""
-    simulator = simulator_of(env)
-    model, data = simulator.model, simulator.data
+    model, data = simulator_of(env).model, simulator_of(env).data
     goal = [env.unwrapped.goal] if hasattr(env.unwrapped, "goal") else []
     # [13] xpos and xipos lag the joints by a substep: worked out anew, the first reward of an Ant would be wrong
     return [data.xpos, data.xipos, model.body_pos, model.body_quat, model.site_pos, *goal]
@@ -392,9 +339,9 @@ def live_arrays(env: gym.Env) -> list[np.ndarray]:
 
 def take_snapshot(env: gym.Env) -> np.ndarray:
     """The simulation of `env` as a flat vector (D,)."""
-    simulator = simulator_of(env)
-    state = np.empty(mujoco.mj_stateSize(simulator.model, INTEGRATION_STATE))
-    mujoco.mj_getState(simulator.model, simulator.data, state, INTEGRATION_STATE)
+    model, data = simulator_of(env).model, simulator_of(env).data
+    state = np.empty(mujoco.mj_stateSize(model, INTEGRATION_STATE))
+    mujoco.mj_getState(model, data, state, INTEGRATION_STATE)
     return np.concatenate([state, *(array.ravel() for array in live_arrays(env))])
 
 
@@ -404,8 +351,7 @@ class SimulatorPool:
 
     def __init__(self, env: gym.Env, size: int, threads: int):
         env.reset(seed=0)  # Adroit and AntMaze set attributes there
-        self.env, self.task, self.size = env, task_of(env.spec.id), size
-        self.obs_dim, self.threads = env.observation_space.shape[0], max(1, min(threads, size))
+        self.env, self.task, self.size, self.threads = env, task_of(env.spec.id), size, max(1, min(threads, size))
         self.workers = ThreadPoolExecutor(self.threads)
         self.models = [copy.copy(simulator_of(env).model) for _ in range(self.threads)]
         self.sims = [self.copy_of(env.unwrapped) for _ in range(size)]
@@ -426,39 +372,27 @@ class SimulatorPool:
         return sim
 
     def in_threads(self, function, rows: np.ndarray) -> None:
-        """function(chunk of positions in rows, number of the thread), in all threads; waits for them."""
+        """function(chunk of positions in rows, number of the thread) in all threads, until all have ended."""
         begun, chunks = time.time(), np.array_split(np.arange(len(rows)), self.threads)
         list(self.workers.map(function, chunks, range(self.threads)))
         self.seconds += time.time() - begun
 
     def restore(self, rows: np.ndarray, snapshots: np.ndarray) -> None:
         """Put simulations `rows` (n,) into the states `snapshots` (n, D)."""
-
-        def work(chunk: np.ndarray, thread: int) -> None:
-            for j in chunk:
-                self.restore_one(rows[j], snapshots[j], self.models[thread])
-
-        self.in_threads(work, rows)
-
-    def restore_one(self, i: int, snapshot: np.ndarray, model) -> None:
-        sim = self.sims[i]
-        simulator_of(sim).model = model
-        size = mujoco.mj_stateSize(model, INTEGRATION_STATE)
-        arrays = live_arrays(sim)
-        parts = np.split(snapshot[size:], np.cumsum([array.size for array in arrays])[:-1])
-        self.fields[i] = [part.reshape(array.shape) for part, array in zip(parts, arrays)][2:5]
-        for part, array in zip(parts[2:], arrays[2:]):
-            array[...] = part.reshape(array.shape)
-        mujoco.mj_setState(model, simulator_of(sim).data, snapshot[:size], INTEGRATION_STATE)
-        mujoco.mj_forward(model, simulator_of(sim).data)
-        for part, array in zip(parts[:2], arrays[:2]):
-            array[...] = part.reshape(array.shape)  # as they stood, a substep behind
+        size = mujoco.mj_stateSize(self.models[0], INTEGRATION_STATE)
+        for row, snapshot in zip(rows, snapshots):
+            simulator, arrays = simulator_of(self.sims[row]), live_arrays(self.sims[row])
+            mujoco.mj_setState(simulator.model, simulator.data, snapshot[:size], INTEGRATION_STATE)
+            parts = np.split(snapshot[size:], np.cumsum([array.size for array in arrays])[:-1])
+            for part, array in zip(parts, arrays):
+                array[...] = part.reshape(array.shape)
+            self.fields[row] = [array.copy() for array in arrays[2:5]]
 
     def step(self, rows: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Step simulations `rows` (n,) by `actions` (n, A), in the environment's bounds: observations (n, S), rewards
         (n,), terminations (n,)."""
-        observations, rewards = np.empty((len(rows), self.obs_dim)), np.empty(len(rows))
-        terminated = np.empty(len(rows), bool)
+        observations = np.empty((len(rows), *self.env.observation_space.shape))
+        rewards, terminated = np.empty(len(rows)), np.empty(len(rows), bool)
 
         def work(chunk: np.ndarray, thread: int) -> None:
             model = self.models[thread]
@@ -470,8 +404,7 @@ class SimulatorPool:
                 observations[j] = flatten_observation(observation)
 
         self.in_threads(work, rows)
-        rewards = d4rl_reward(self.task, observations, rewards)
-        return observations, rewards, d4rl_terminated(self.task, observations, terminated)
+        return observations, *d4rl_rules(self.task, observations, rewards, terminated)
 
     def unstable(self) -> bool:
         """Whether MuJoCo ever found a bad position, velocity or acceleration: it then resets itself and goes on."""
@@ -487,51 +420,40 @@ class LocomotionPool(SimulatorPool):
 
     def __init__(self, env: gym.Env, size: int, threads: int):
         super().__init__(env, size, threads)
-        self.rules = env.unwrapped
-        self.datas = [sim.data for sim in self.sims]
-        self.views = [(data, data.ctrl, data.qpos, data.qvel, data.xpos, data.cfrc_ext) for data in self.datas]
-        self.v4 = env.spec.id.endswith("-v4")
+        self.rules, self.v4 = env.unwrapped, env.spec.id.endswith("-v4")
         # Ant-v5 always pays for contact forces, Ant-v4 only if asked to; they need a pass of their own after the step
         self.contact = self.task == "Ant" and getattr(self.rules, "_use_contact_forces", True)
-
-    def restore_one(self, i: int, snapshot: np.ndarray, model) -> None:
-        data = self.datas[i]
-        size = mujoco.mj_stateSize(model, INTEGRATION_STATE)
-        mujoco.mj_setState(model, data, snapshot[:size], INTEGRATION_STATE)
-        data.xpos[:] = snapshot[size : size + data.xpos.size].reshape(data.xpos.shape)
+        # rewarded is the speed of the torso's body in Ant, of the root joint otherwise
+        self.views = [
+            (d, d.ctrl, d.qpos, d.qvel, d.cfrc_ext, d.xpos[1] if self.task == "Ant" else d.qpos)
+            for d in (sim.data for sim in self.sims)
+        ]
 
     def step(self, rows: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        n, skip, first = len(rows), self.rules.frame_skip, self.datas[0]
-        qpos, qvel = np.empty((n, first.qpos.size)), np.empty((n, first.qvel.size))
-        x_before, x_after, forces = (
-            np.empty(n),
-            np.empty(n),
-            np.empty((n if self.contact else 0, *first.cfrc_ext.shape)),
-        )
-        by_body = self.task == "Ant"  # speed of the torso's body, of the root joint otherwise
+        qpos, qvel, forces = (np.empty((len(rows), *view.shape)) for view in self.views[0][2:5])
+        before, after, skip = np.empty(len(rows)), np.empty(len(rows)), self.rules.frame_skip
 
         def work(chunk: np.ndarray, thread: int) -> None:
             model = self.models[thread]
             for j in chunk:
-                data, ctrl, position, velocity, bodies, force = self.views[rows[j]]
-                x_before[j] = bodies[1, 0] if by_body else position[0]
+                data, ctrl, position, velocity, force, place = self.views[rows[j]]
+                before[j] = place[0]
                 ctrl[:] = actions[j]
                 mujoco.mj_step(model, data, skip)
-                qpos[j], qvel[j] = position, velocity
-                x_after[j] = bodies[1, 0] if by_body else position[0]
+                qpos[j], qvel[j], after[j] = position, velocity, place[0]
                 if self.contact:
                     mujoco.mj_rnePostConstraint(model, data)
                     forces[j] = force
 
         self.in_threads(work, rows)
-        return self.observe(qpos, qvel, forces), *self.judge(qpos, qvel, forces, actions, (x_after - x_before))
+        return self.observe(qpos, qvel, forces), *self.judge(qpos, qvel, forces, actions, after - before)
 
     def observe(self, qpos: np.ndarray, qvel: np.ndarray, forces: np.ndarray) -> np.ndarray:
         """Observations (n, S) from positions (n, nq), velocities (n, nv) and contact forces (n, bodies, 6)."""
         if self.task in ("Hopper", "Walker2d"):
             qvel = np.clip(qvel, -10.0, 10.0)
         parts = [qpos[:, 2:] if self.task == "Ant" else qpos[:, 1:], qvel]
-        if sum(part.shape[1] for part in parts) < self.obs_dim:  # Ant with contact forces; v5 leaves out the world's
+        if sum(part.shape[1] for part in parts) < self.env.observation_space.shape[0]:  # v5 leaves out the world's
             clipped = np.clip(forces, *self.rules._contact_force_range)
             parts.append(clipped[:, 0 if self.v4 else 1 :].reshape(len(qpos), -1))
         return np.concatenate(parts, axis=1)
@@ -539,40 +461,37 @@ class LocomotionPool(SimulatorPool):
     def judge(self, qpos, qvel, forces, actions, dx) -> tuple[np.ndarray, np.ndarray]:
         """Rewards and terminations (n,) each; dx (n,): distance covered."""
         rules = self.rules
-        forward = getattr(rules, "_forward_reward_weight", 1.0) * dx / rules.dt
-        control = rules._ctrl_cost_weight * np.sum(np.square(actions), axis=1)
+        reward = getattr(rules, "_forward_reward_weight", 1.0) * dx / rules.dt
+        cost = rules._ctrl_cost_weight * np.square(actions).sum(axis=1)
         if self.task == "HalfCheetah":
-            return forward - control, np.zeros(len(dx), bool)
+            return reward - cost, np.zeros(len(dx), bool)
+        (low, high), height = rules._healthy_z_range, qpos[:, 2 if self.task == "Ant" else 1]
         if self.task == "Ant":
-            low, high = rules._healthy_z_range
-            healthy = np.isfinite(qpos).all(1) & np.isfinite(qvel).all(1) & (low <= qpos[:, 2]) & (qpos[:, 2] <= high)
+            healthy = np.isfinite(qpos).all(1) & np.isfinite(qvel).all(1) & (low <= height) & (height <= high)
             if self.contact:
                 clipped = np.clip(forces, *rules._contact_force_range)
-                control = control + rules._contact_cost_weight * np.sum(np.square(clipped), axis=(1, 2))
+                cost = cost + rules._contact_cost_weight * np.square(clipped).sum(axis=(1, 2))
         else:
-            (low, high), (left, right) = rules._healthy_z_range, rules._healthy_angle_range
-            healthy = (low < qpos[:, 1]) & (qpos[:, 1] < high) & (left < qpos[:, 2]) & (qpos[:, 2] < right)
+            left, right = rules._healthy_angle_range
+            healthy = (low < height) & (height < high) & (left < qpos[:, 2]) & (qpos[:, 2] < right)
             if self.task == "Hopper":
                 bottom, top = rules._healthy_state_range
                 state = np.concatenate([qpos[:, 2:], qvel], axis=1)
                 healthy &= ((bottom < state) & (state < top)).all(axis=1)
         # v4 pays the alive bonus on the terminal step too
         bonus = rules._healthy_reward * (healthy | (self.v4 and rules._terminate_when_unhealthy))
-        return forward + bonus - control, ~healthy & rules._terminate_when_unhealthy
+        return reward + bonus - cost, ~healthy & rules._terminate_when_unhealthy
 
 
 def make_pool(env: gym.Env, size: int, threads: int) -> SimulatorPool:
-    """The fast way where there is one. Exits with a line if `env` is no MuJoCo environment."""
-    simulator = simulator_of(env)
-    if not (hasattr(simulator, "model") and hasattr(simulator, "data")):
-        die(
-            f"{env.spec.id} is no MuJoCo environment, so it can't be reset to a state: use q_guided_grpo_dt.py or "
-            "ppo_dt_continuous.py."
-        )
+    """The fast way where there is one. Exits with a line if `env` is no MuJoCo environment or has no time limit."""
+    name = env.spec.id
+    if not (hasattr(simulator_of(env), "model") and hasattr(simulator_of(env), "data")):
+        die(f"{name} is no MuJoCo environment to reset to a state: use q_guided_grpo_dt.py or ppo_dt_continuous.py.")
     if env.spec.max_episode_steps is None:
-        die(f"{env.spec.id} has no time limit, so a full trajectory might never end: register it with one.")
-    known = type(env.unwrapped).__module__.startswith("gymnasium.envs.mujoco") and task_of(env.spec.id)
-    return (LocomotionPool if known in LocomotionPool.TASKS else SimulatorPool)(env, size, threads)
+        die(f"{name} has no time limit, so a full trajectory might never end: register it with one.")
+    fast = type(env.unwrapped).__module__.startswith("gymnasium.envs.mujoco") and task_of(name) in LocomotionPool.TASKS
+    return (LocomotionPool if fast else SimulatorPool)(env, size, threads)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -651,16 +570,7 @@ class DecisionTransformer(nn.Module):
     Takes raw observations and raw returns: their mean, std and scale are buffers, saved with the weights.
     """
 
-    def __init__(
-        self,
-        obs_dim: int,
-        act_dim: int,
-        embed_dim: int = 512,
-        n_layers: int = 4,
-        n_heads: int = 4,
-        kind: str = "dt",
-        dropout: float = 0.0,
-    ):
+    def __init__(self, obs_dim, act_dim, embed_dim=512, n_layers=4, n_heads=4, kind="dt", dropout=0.0):
         super().__init__()
         self.kind, self.act_dim, self.dropout = kind, act_dim, dropout
         self.sizes = dict(obs_dim=obs_dim, act_dim=act_dim, embed_dim=embed_dim, n_layers=n_layers, n_heads=n_heads)
@@ -699,12 +609,11 @@ class DecisionTransformer(nn.Module):
         itself = torch.eye(n_tokens, dtype=torch.bool, device=device)  # [6] else a padded row sees nothing: NaN
         return (causal & visible) | itself
 
-    def forward(
-        self, observations: torch.Tensor, returns: torch.Tensor, actions: torch.Tensor, real: torch.Tensor | None = None
-    ) -> tuple[SquashedGaussian, torch.Tensor | None]:
+    def forward(self, observations, returns, actions, real=None) -> tuple[SquashedGaussian, torch.Tensor | None]:
         """Distribution of each step's action, (B, K, A), and the returns (B, K) that reinformer predicts (dt: None).
 
         observations (B, K, S) and returns (B, K): raw. actions (B, K - 1, A) in [-1, 1]: those before the last step.
+        real (B, K): False where a step is left padding [None: nowhere].
         """
         context, drop = returns.shape[1], self.dropout if self.training else 0.0
         # [7] No positional or time-step embedding: order is known through the causal mask alone (Appendix B.1).
@@ -730,11 +639,9 @@ class DecisionTransformer(nn.Module):
         log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (spread + 1.0)
         return SquashedGaussian(self.mean_head(action_tokens), log_std), predicted_returns
 
-    def act(
-        self, observations: torch.Tensor, returns: torch.Tensor, actions: torch.Tensor, real: torch.Tensor | None = None
-    ) -> tuple[SquashedGaussian, torch.Tensor]:
+    def act(self, observations, returns, actions, real=None) -> tuple[SquashedGaussian, torch.Tensor]:
         """Distribution of the window's last action, (B, A), and the return-to-go (B,) that it is conditioned on:
-        the given one for dt; reinformer first predicts it, then acts on it."""
+        the given one for dt; reinformer first predicts it, then acts on it. Takes what `forward` takes."""
         if self.kind == "reinformer":
             _, predicted = self(observations, returns, actions, real)
             returns = torch.cat([returns[:, :-1], predicted[:, -1:]], dim=1)
@@ -748,25 +655,25 @@ class DecisionTransformer(nn.Module):
 
 
 class Trajectory(NamedTuple):
-    """A full trajectory of T steps with a snapshot of the simulator before each action."""
+    """A full trajectory of T steps behind K - 1 steps of padding: step h's window is [h, h + K) of the first four."""
 
-    observations: np.ndarray  # (T, S)
-    returns: np.ndarray  # (T,) return-to-go that the action was conditioned on, raw
-    actions: np.ndarray  # (T, A) in [-1, 1]
+    observations: np.ndarray  # (K - 1 + T, S)
+    returns: np.ndarray  # (K - 1 + T,) return-to-go that the action was conditioned on, raw
+    actions: np.ndarray  # (K - 1 + T, A) in [-1, 1]
+    real: np.ndarray  # (K - 1 + T,) False: padding
     rewards: np.ndarray  # (T,)
-    snapshots: np.ndarray  # (T, D)
+    snapshots: np.ndarray  # (T, D) of the simulator, before each action
 
 
 class SubTrajectories(NamedTuple):
-    """Sub-trajectories of L sampled steps, each step with the window of K steps that the rollout saw."""
+    """Sub-trajectories of L sampled steps behind the K - 1 steps before them, windows as in Trajectory."""
 
-    observations: torch.Tensor  # (B, L, K, S)
-    returns: torch.Tensor  # (B, L, K) raw
-    actions: torch.Tensor  # (B, L, K - 1, A)
-    window: torch.Tensor  # (B, L, K) False where a window is left-padded
+    observations: torch.Tensor  # (B, K - 1 + L, S)
+    returns: torch.Tensor  # (B, K - 1 + L) raw
+    actions: torch.Tensor  # (B, K - 1 + L, A)
+    real: torch.Tensor  # (B, K - 1 + L) False: padding, or after the sub-trajectory ended
     u: torch.Tensor  # (B, L, A) pre-tanh samples: the action is tanh(u)
-    real: torch.Tensor  # (B, L) False after the sub-trajectory ended
-    new_returns: torch.Tensor  # (B, L, K) what the new log-probability is conditioned on: `returns` but for --hindsight
+    new_returns: torch.Tensor  # (B, K - 1 + L) what the new log-probability sees: `returns`, but for --hindsight
     old_log_prob: torch.Tensor  # (B, L)
     advantage: torch.Tensor  # (B,)
 
@@ -774,11 +681,9 @@ class SubTrajectories(NamedTuple):
         return SubTrajectories(*(field[index] for field in self))
 
 
-def append(buffer: SubTrajectories | None, new: SubTrajectories, size: int) -> SubTrajectories:
-    """First in, first out: the last `size` of `buffer` followed by `new`."""
-    if buffer is None:
-        return SubTrajectories(*(field[-size:] for field in new))
-    return SubTrajectories(*(torch.cat(pair)[-size:] for pair in zip(buffer, new)))
+def windows(steps: torch.Tensor, context: int) -> torch.Tensor:
+    """Every window of K consecutive steps: (B, K - 1 + L, ...) -> (B L, K, ...)."""
+    return steps.unfold(1, context, 1).movedim(-1, 2).flatten(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -787,94 +692,100 @@ def append(buffer: SubTrajectories | None, new: SubTrajectories, size: int) -> S
 
 
 class History:
-    """The last K steps of B rollouts side by side, left-padded: the windows that the policy sees."""
+    """What B rollouts side by side have seen, step by step, after K - 1 steps of padding: a window is the last K."""
 
     def __init__(self, batch: int, context: int, obs_dim: int, act_dim: int):
-        self.observations = np.zeros((batch, context, obs_dim), np.float32)
-        self.returns = np.zeros((batch, context), np.float32)
-        self.actions = np.zeros((batch, context, act_dim), np.float32)
-        self.real = np.zeros((batch, context), bool)
+        padding = context - 1
+        self.context = context
+        self.observations = [np.zeros((batch, obs_dim), np.float32)] * padding
+        self.returns = [np.zeros(batch, np.float32)] * padding  # returns-to-go, raw
+        self.actions = [np.zeros((batch, act_dim), np.float32)] * padding  # in [-1, 1]
+        self.real = [np.zeros(batch, bool)] * padding  # False: padding, or over
 
-    def push(self, rows: np.ndarray, observations: np.ndarray, returns: np.ndarray) -> None:
-        """A new step for `rows` (b,), whose action is still to come: observations (b, S), returns-to-go (b,)."""
-        for array in (self.observations, self.returns, self.actions, self.real):
-            array[rows, :-1] = array[rows, 1:]
-        self.observations[rows, -1], self.returns[rows, -1] = observations, returns
-        self.actions[rows, -1], self.real[rows, -1] = 0.0, True
-
-    def windows(self, rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """What DecisionTransformer.act takes."""
-        arrays = (self.observations[rows], self.returns[rows], self.actions[rows, :-1], self.real[rows])
-        return tuple(torch.from_numpy(array).to(device) for array in arrays)
+    def act(self, policy, rows: np.ndarray, observations: np.ndarray, returns: np.ndarray) -> SquashedGaussian:
+        """One step more, of which `rows` (b,) see their part of observations (B, S) and returns (B,): the distributions
+        (b, A) of their actions. The actions taken are to be written into `actions[-1]`."""
+        self.observations.append(observations.astype(np.float32))
+        self.returns.append(returns.astype(np.float32))
+        self.actions.append(np.zeros((len(returns), policy.act_dim), np.float32))
+        self.real.append(np.isin(np.arange(len(returns)), rows))
+        # [16] few batch sizes, for oneDNN builds a kernel for each: multiples of 32, by repeated rows
+        padded = np.resize(rows, min(len(rows) + -len(rows) % 32, len(returns)))
+        steps = (self.observations, self.returns, self.actions, self.real)
+        windows = [np.stack(each[-self.context :], axis=1)[padded] for each in steps]  # (b, K, ...) each
+        windows[2] = windows[2][:, :-1]  # the last action is yet to be chosen
+        dist, used = policy.act(*(torch.from_numpy(each).to(policy.obs_mean.device) for each in windows))
+        self.returns[-1][rows] = used[: len(rows)].cpu().numpy()  # reinformer: the predicted one stays in the window
+        return SquashedGaussian(dist.mean[: len(rows)], dist.log_std[: len(rows)])
 
 
 def rollout_copy(model: DecisionTransformer) -> DecisionTransformer:
     """A copy to act with: no dropout, no gradients, and the block weights already in the precision of the products."""
-    copy = DecisionTransformer(**model.sizes).to(model.obs_mean.device).eval().requires_grad_(False)
-    copy.load_state_dict(model.state_dict())
-    for layer, original in zip(copy.modules(), model.modules(), strict=True):
+    policy = copy.deepcopy(model).eval().requires_grad_(False)
+    for layer in policy.modules():
         if isinstance(layer, Linear):
-            layer.compute_dtype = original.compute_dtype
             layer.to(layer.compute_dtype)
-    return copy
+    return policy
 
 
 @torch.no_grad()
 def evaluate(
     model: DecisionTransformer, envs: list[gym.Env], g_start: float, context: int, seeds: list[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """One episode in each of `envs`, side by side, with the deterministic action: returns and lengths, (B,) each.
-
-    g_start: initial return-to-go, raw. It falls by each reward and is never clamped. context: c_online.
-    """
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One episode in each of `envs`, side by side, with the deterministic action, from return-to-go g_start (raw):
+    returns, lengths and last x-positions [meters; NaN where the environment reports none], (B,) each."""
     policy, count = rollout_copy(model), len(envs)
-    device = policy.obs_mean.device
-    observations = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]).astype(np.float32)
-    history = History(count, context, observations.shape[1], policy.act_dim)
-    returns, lengths, alive = np.zeros(count), np.zeros(count, int), np.arange(count)
+    observations = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])  # (B, S)
+    history, alive = History(count, context, observations.shape[1], policy.act_dim), np.arange(count)
+    returns, lengths, distances = np.zeros(count), np.zeros(count, int), np.full(count, np.nan)
     while len(alive):
-        history.push(alive, observations[alive], g_start - returns[alive])  # [10] g_{h+1} = g_h - r_h, not clamped
-        dist, g = policy.act(*history.windows(alive, device))
-        history.returns[alive, -1] = g.cpu().numpy()  # reinformer: the predicted one stays in the window
-        history.actions[alive, -1] = dist.mode().cpu().numpy()
-        ended = []
+        dist = history.act(policy, alive, observations, g_start - returns)  # [10] g_{h+1} = g_h - r_h, not clamped
+        history.actions[-1][alive] = dist.mode().cpu().numpy()
+        going = []
         for i in alive:
-            action = scale_action(history.actions[i, -1], envs[i])
-            observations[i], reward, terminated, truncated, _ = envs[i].step(action)
+            action = scale_action(history.actions[-1][i], envs[i])
+            observations[i], reward, terminated, truncated, info = envs[i].step(action)
             returns[i], lengths[i] = returns[i] + reward, lengths[i] + 1
-            ended.append(terminated or truncated)
-        alive = alive[~np.array(ended)]
-    return returns, lengths
+            distances[i] = info.get("x_position", np.nan)
+            going.append(not (terminated or truncated))
+        alive = alive[going]
+    return returns, lengths, distances
 
 
 @torch.no_grad()
-def collect(
-    policy: DecisionTransformer, envs: list[gym.Env], g_online: float, context: int, seed: int, iteration: int
-) -> list[Trajectory]:
-    """Algorithm 1, line 2: one full trajectory in each of `envs`, side by side, with sampled actions."""
-    count, device = len(envs), policy.obs_mean.device
-    observations = np.stack(
-        [env.reset(seed=stream(seed, iteration, f"episode {i}"))[0] for i, env in enumerate(envs)]
-    ).astype(np.float32)
-    history = History(count, context, observations.shape[1], policy.act_dim)
-    rng = torch.Generator().manual_seed(stream(seed, iteration, "actions of full trajectories"))
-    steps, returns, alive = [[] for _ in envs], np.zeros(count), np.arange(count)
+def collect(policy: DecisionTransformer, envs: list[gym.Env], args: Args, iteration: int) -> list[Trajectory]:
+    """Line 2: one full trajectory in each of `envs`, side by side, with sampled actions, from g_online."""
+    seeds = [stream(args.seed, iteration, f"episode {i}") for i in range(len(envs))]
+    observations = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])  # (B, S)
+    history = History(len(envs), args.c_online, observations.shape[1], policy.act_dim)
+    rng = torch.Generator().manual_seed(stream(args.seed, iteration, "actions of full trajectories"))
+    g, alive = np.full(len(envs), args.g_online), np.arange(len(envs))
+    rewards, snapshots = [[] for _ in envs], [[] for _ in envs]
     while len(alive):
-        history.push(alive, observations[alive], g_online - returns[alive])  # [10] g_{h+1} = g_h - r_h, not clamped
-        dist, g = policy.act(*history.windows(alive, device))
-        noise = torch.randn(count, policy.act_dim, generator=rng)[alive].to(device)
-        history.returns[alive, -1] = g.cpu().numpy()
-        history.actions[alive, -1] = squash(dist.sample(noise)).cpu().numpy()
-        ended = []
+        dist = history.act(policy, alive, observations, g)
+        noise = torch.randn(len(envs), policy.act_dim, generator=rng)[alive].to(policy.obs_mean.device)
+        history.actions[-1][alive] = squash(dist.sample(noise)).cpu().numpy()
+        going = []
         for i in alive:
-            snapshot, action = take_snapshot(envs[i]), history.actions[i, -1].copy()  # before the action
-            before = observations[i].copy()
-            observations[i], reward, terminated, truncated, _ = envs[i].step(scale_action(action, envs[i]))
-            steps[i].append((before, history.returns[i, -1], action, reward, snapshot))
-            returns[i] += reward
-            ended.append(terminated or truncated)
-        alive = alive[~np.array(ended)]
-    return [Trajectory(*map(np.array, zip(*rows))) for rows in steps]
+            snapshots[i].append(take_snapshot(envs[i]))  # before the action
+            action = scale_action(history.actions[-1][i], envs[i])
+            observations[i], reward, terminated, truncated, _ = envs[i].step(action)
+            rewards[i].append(reward)
+            g[i] -= reward  # [10] not clamped
+            going.append(not (terminated or truncated))
+        alive = alive[going]
+    seen = recorded(history, max(map(len, rewards)))
+    ends = [args.c_online - 1 + len(each) for each in rewards]
+    return [
+        Trajectory(*(field[i, : ends[i]] for field in seen), np.array(rewards[i]), np.array(snapshots[i]))
+        for i in range(len(envs))
+    ]
+
+
+def recorded(history: History, steps: int) -> list[np.ndarray]:
+    """Observations, returns, actions and flags of the padding and the first `steps` steps: (B, K - 1 + steps, ...)."""
+    fields = (history.observations, history.returns, history.actions, history.real)
+    return [np.stack(field[: history.context - 1 + steps], axis=1) for field in fields]
 
 
 def squash(u: torch.Tensor) -> torch.Tensor:
@@ -882,68 +793,37 @@ def squash(u: torch.Tensor) -> torch.Tensor:
     return torch.tanh(u).clamp(-ACTION_LIMIT, ACTION_LIMIT)
 
 
-def context_of(trajectory: Trajectory, h: np.ndarray, context: int) -> History:
-    """The windows of a policy that has seen the steps before `h` (P,) and is about to see h."""
-    history = History(len(h), context, trajectory.observations.shape[1], trajectory.actions.shape[1])
-    for row, step in enumerate(h):
-        seen = slice(max(0, step - context + 1), step)
-        length = seen.stop - seen.start
-        if length:
-            history.observations[row, -length:] = trajectory.observations[seen]
-            history.returns[row, -length:] = trajectory.returns[seen]
-            history.actions[row, -length:] = trajectory.actions[seen]
-            history.real[row, -length:] = True
-    return history
-
-
 @torch.no_grad()
 def action_variance(policy: DecisionTransformer, trajectory: Trajectory, context: int) -> np.ndarray:
     """sigma_h^2, the mean over dimensions of the policy's variance (before tanh) at each step: (T,). Section 3.2."""
+    seen = [windows(torch.from_numpy(field)[None], context).to(policy.obs_mean.device) for field in trajectory[:4]]
+    seen[2] = seen[2][:, :-1]  # the last action is not known yet
     steps, variances = np.arange(len(trajectory.rewards)), []
-    history, device = context_of(trajectory, steps, context), policy.obs_mean.device
-    history.push(steps, trajectory.observations, trajectory.returns)
     for chunk in np.pad(steps, (0, -len(steps) % 256), mode="edge").reshape(-1, 256):  # [16]
-        dist, _ = policy.act(*history.windows(chunk, device))
+        dist, _ = policy.act(*(field[torch.from_numpy(chunk)] for field in seen))
         variances.append((2.0 * dist.log_std).exp().mean(-1).cpu().numpy())
     return np.concatenate(variances)[: len(steps)]
 
 
-class ResetPoints(NamedTuple):
-    """P states to reset to."""
-
-    snapshots: np.ndarray  # (P, D)
-    observations: np.ndarray  # (P, S) as recorded
-    returns: np.ndarray  # (P,) return-to-go, raw
-    history: History  # what was seen before
-    steps: np.ndarray  # (P,) time step within the episode
-
-
-def choose_points(policy: DecisionTransformer, replay: list[Trajectory], args: Args, iteration: int) -> ResetPoints:
-    """Lines 3 and 5: trajectories in proportion to length, with replacement; points in each by softmax(sigma_h^2)."""
+def choose_points(
+    policy: DecisionTransformer, replay: list[Trajectory], args: Args, iteration: int
+) -> list[tuple[Trajectory, int]]:
+    """Lines 3 and 5: trajectories in proportion to length, with replacement; steps in each by softmax(sigma_h^2)."""
     rng = np.random.default_rng(stream(args.seed, iteration, "reset points"))
     lengths = np.array([len(trajectory.rewards) for trajectory in replay])
     sources = rng.choice(len(replay), size=args.n_sources, p=lengths / lengths.sum())
     per_source = args.n_points * (args.group_size if args.mixed_groups else 1)
-    variance: dict[int, np.ndarray] = {}
-    points: list[tuple[Trajectory, np.ndarray]] = []
+    if args.full_trajectories:
+        return [(replay[source], 0) for source in sources for _ in range(per_source)]
+    logits = {source: np.zeros(lengths[source]) for source in sources}  # --random-points
+    if not args.random_points:
+        logits = {source: action_variance(policy, replay[source], args.c_online) for source in set(sources)}
+    points = []
     for source in sources:
-        trajectory = replay[source]
-        if args.full_trajectories:
-            points.append((trajectory, np.zeros(per_source, int)))
-            continue
-        if source not in variance:
-            uniform = np.zeros(lengths[source])
-            variance[source] = uniform if args.random_points else action_variance(policy, trajectory, args.c_online)
         # [14] Gumbel top-k draws from the softmax without replacement, whatever the logits; short ones repeat
-        order = np.argsort(-(variance[source] + rng.gumbel(size=lengths[source])))
-        points.append((trajectory, np.resize(order[:per_source], per_source)))
-    histories = [context_of(trajectory, h, args.c_online) for trajectory, h in points]
-    history = History(0, args.c_online, replay[0].observations.shape[1], policy.act_dim)
-    for name in vars(history):
-        setattr(history, name, np.concatenate([getattr(each, name) for each in histories]))
-    columns = ([getattr(t, name)[h] for t, h in points] for name in ("snapshots", "observations", "returns"))
-    steps = np.concatenate([h for _, h in points])
-    return ResetPoints(*(np.concatenate(column) for column in columns), history, steps)
+        order = np.argsort(-(logits[source] + rng.gumbel(size=lengths[source])))
+        points += [(replay[source], int(h)) for h in np.resize(order[:per_source], per_source)]
+    return points
 
 
 class Groups(NamedTuple):
@@ -951,71 +831,60 @@ class Groups(NamedTuple):
 
     sub: SubTrajectories  # (N, ...) on the device; old_log_prob and advantage still zero
     scores: np.ndarray  # (N,) discounted reward over L_traj + L_eval steps: r of Eq. 2
-    lengths: np.ndarray  # (N,) steps lived in all
+    lengths: np.ndarray  # (N,) steps lived of these
     env_steps: int
+    seconds: float  # of them in simulation
 
 
 @torch.no_grad()
 def rollout_groups(
-    policy: DecisionTransformer, pool: SimulatorPool, points: ResetPoints, args: Args, iteration: int
+    policy: DecisionTransformer, pool: SimulatorPool, points: list[tuple[Trajectory, int]], args: Args, iteration: int
 ) -> Groups:
     """Line 6: from each point a group of G sub-trajectories, all N = P G side by side. Those that end leave."""
-    copies = 1 if args.mixed_groups else args.group_size
-    rows = np.repeat(np.arange(len(points.steps)), copies)  # (N,) point of each sub-trajectory
+    members = [point for point in points for _ in range(1 if args.mixed_groups else args.group_size)]
     if args.mixed_groups:
-        rows = np.random.default_rng(stream(args.seed, iteration, "mixed groups")).permutation(rows)
-    n, length, device = len(rows), args.l_traj, policy.obs_mean.device
-    pool.restore(np.arange(n), points.snapshots[rows])
-    history = History(n, args.c_online, points.observations.shape[1], policy.act_dim)
-    for name in vars(history):
-        setattr(history, name, getattr(points.history, name)[rows].copy())
-    observations, g = points.observations[rows].astype(np.float32), points.returns[rows].astype(np.float64)
+        order = np.random.default_rng(stream(args.seed, iteration, "mixed groups")).permutation(len(members))
+        members = [members[i] for i in order]
+    n, before, length, device = len(members), args.c_online - 1, args.l_traj, policy.obs_mean.device
+    begun = pool.seconds
+    pool.restore(np.arange(n), np.stack([source.snapshots[h] for source, h in members]))
+    history = History(n, args.c_online, *pool.env.observation_space.shape, policy.act_dim)
+    for name in ("observations", "returns", "actions", "real"):  # the window goes on across the reset point
+        getattr(history, name)[:] = [np.stack([getattr(t, name)[h + j] for t, h in members]) for j in range(before)]
+    observations = np.stack([source.observations[h + before] for source, h in members])  # (N, S) as recorded
+    g = np.array([source.returns[h + before] for source, h in members], np.float64)
     # [15] noise for all rows and steps, whoever lives: nothing depends on threads or on who fell
     rng = torch.Generator().manual_seed(stream(args.seed, iteration, "actions of sub-trajectories"))
     noise = torch.randn(length, n, policy.act_dim, generator=rng)
-    record = {
-        "observations": np.zeros((n, length, *history.observations.shape[1:]), np.float32),
-        "returns": np.zeros((n, length, args.c_online), np.float32),
-        "actions": np.zeros((n, length, args.c_online - 1, policy.act_dim), np.float32),
-        "window": np.zeros((n, length, args.c_online), bool),
-        "u": np.zeros((n, length, policy.act_dim), np.float32),
-        "real": np.zeros((n, length), bool),
-    }
-    scores, lengths, env_steps, alive = np.zeros(n), np.zeros(n, int), 0, np.arange(n)
-    horizon = length + args.l_eval
-    limit = pool.env.spec.max_episode_steps  # Fig. 1: played to the episode's end, for the returns reached
-    last = max(limit, horizon) if args.hindsight else horizon
-    rewards = np.zeros((n, last))
-    for h in range(last):
-        if not len(alive):
+    horizon, limit = length + args.l_eval, pool.env.spec.max_episode_steps
+    last = np.full(n, horizon)  # (N,) steps to play
+    if args.hindsight:  # Fig. 1: to the episode's end, for the returns reached
+        last = np.maximum(horizon, limit - np.array([h for _, h in members]))
+    u, rewards, alive = np.zeros((n, length, policy.act_dim), np.float32), np.zeros((last.max(), n)), np.arange(n)
+    for h in range(last.max()):
+        if h >= length and not len(alive):
             break
-        history.push(alive, observations[alive], g[alive])
-        padded = np.pad(alive, (0, -len(alive) % 32), mode="edge")  # [16] few batch sizes: oneDNN builds a kernel each
-        dist, used = policy.act(*history.windows(padded, device))
-        u = dist.sample(noise[h][padded].to(device)) if h < length else dist.mean  # L_eval: the mean action
-        u, used = u[: len(alive)].cpu().numpy(), used[: len(alive)].cpu().numpy()
-        history.returns[alive, -1] = used
+        dist = history.act(policy, alive, observations, g)
+        sample = dist.sample(noise[h][alive].to(device)) if h < length else dist.mean  # L_eval: the mean action
         if h < length:
-            for name, array in (("observations", history.observations), ("returns", history.returns)):
-                record[name][alive, h] = array[alive]
-            record["actions"][alive, h], record["window"][alive, h] = history.actions[alive, :-1], history.real[alive]
-            record["u"][alive, h], record["real"][alive, h] = u, True
-        history.actions[alive, -1] = np.tanh(u).clip(-ACTION_LIMIT, ACTION_LIMIT)
-        actions = scale_action(history.actions[alive, -1], pool.env)
-        observations[alive], reward, terminated = pool.step(alive, actions)
-        rewards[alive, h], g[alive], env_steps = reward, g[alive] - reward, env_steps + len(alive)
-        if h < horizon:
-            scores[alive] += args.gamma**h * reward
-            lengths[alive] += 1
-        over = (h + 1 >= horizon) & (points.steps[rows[alive]] + h + 1 >= limit)  # only --hindsight gets so far
-        alive = alive[~(terminated | over)]
+            u[alive, h] = sample.cpu().numpy()
+        history.actions[-1][alive] = squash(sample).cpu().numpy()
+        actions = scale_action(history.actions[-1][alive], pool.env)
+        observations[alive], rewards[h, alive], terminated = pool.step(alive, actions)
+        g[alive] -= rewards[h, alive]
+        alive = alive[~terminated & (h + 1 < last[alive])]
+    seen = [torch.from_numpy(field).to(device) for field in recorded(history, length)]
+    new_returns = seen[1]
     if args.hindsight:  # realised return-to-go of each sampled step; windows at context 1
-        record["new_returns"] = rewards[:, ::-1].cumsum(1)[:, ::-1][:, :length, None].astype(np.float32)
-    record = {name: torch.from_numpy(array.copy()).to(device) for name, array in record.items()}
-    record.setdefault("new_returns", record["returns"])
+        reached = rewards[::-1].cumsum(0)[::-1][:length].T
+        new_returns = torch.from_numpy(reached.astype(np.float32)).to(device)
     zeros = torch.zeros(n, length, device=device)
-    sub = SubTrajectories(**record, old_log_prob=zeros, advantage=zeros[:, 0])
-    return Groups(sub, scores, lengths, env_steps)
+    sub = SubTrajectories(*seen, torch.from_numpy(u).to(device), new_returns, zeros, zeros[:, 0])
+    lived = np.array(history.real[before:])  # (steps, N)
+    scores = args.gamma ** np.arange(horizon) @ rewards[:horizon]
+    if pool.unstable() or not np.isfinite(scores).all():
+        die(f"a simulation became unstable in iteration {iteration}: start a new run with another --seed.")
+    return Groups(sub, scores, lived[:horizon].sum(0), int(lived.sum()), pool.seconds - begun)
 
 
 def group_advantages(scores: np.ndarray, group_size: int, delta_r: float) -> tuple[np.ndarray, np.ndarray]:
@@ -1069,17 +938,11 @@ def masked_mean(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 
 def distribution(model: DecisionTransformer, sub: SubTrajectories, returns: torch.Tensor) -> SquashedGaussian:
     """The policy at each sampled step, from the very window that the rollout saw: (B, L, A)."""
-    windows = (sub.observations, returns, sub.actions, sub.window)
-    dist, _ = model(*(field.flatten(0, 1) for field in windows))  # B L windows of K steps
-    shape = sub.u.shape
-    return SquashedGaussian(dist.mean[:, -1].reshape(shape), dist.log_std[:, -1].reshape(shape))
-
-
-@torch.no_grad()
-def old_log_prob(model: DecisionTransformer, sub: SubTrajectories, batch: int) -> torch.Tensor:
-    """log pi_old of each sampled step (B, L) by the update's own forward: before the first step the ratio is 1."""
-    parts = torch.arange(len(sub.u), device=sub.u.device).split(batch)
-    return torch.cat([distribution(model, part, part.returns).log_prob(part.u) for part in map(sub.take, parts)])
+    batch, length, _ = sub.u.shape
+    fields = (sub.observations, returns, sub.actions, sub.real)
+    observations, g, actions, real = (windows(field, sub.real.shape[1] - length + 1) for field in fields)
+    dist, _ = model(observations, g, actions[:, :-1], real)  # B L windows of K steps
+    return SquashedGaussian(*(x[:, -1].reshape(batch, length, -1) for x in (dist.mean, dist.log_std)))
 
 
 def importance_ratio(log_ratio: torch.Tensor, real: torch.Tensor, args: Args) -> torch.Tensor:
@@ -1092,32 +955,27 @@ def importance_ratio(log_ratio: torch.Tensor, real: torch.Tensor, args: Args) ->
     return log_ratio.clamp(-20.0, 20.0).exp()  # departure (2)
 
 
-def gaussian_kl(p: SquashedGaussian, q: SquashedGaussian) -> torch.Tensor:
-    """KL(p || q) of the laws before tanh, which is that after it: (B, L)."""
-    variance_ratio = (2.0 * (p.log_std - q.log_std)).exp()
-    distance = ((p.mean - q.mean) * (-q.log_std).exp()) ** 2
-    return 0.5 * (variance_ratio + distance - 1.0 - variance_ratio.log()).sum(-1)
-
-
 def grpo_loss(
     model: DecisionTransformer, reference: DecisionTransformer, sub: SubTrajectories, kappa: torch.Tensor, args: Args
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Minus Eq. 3 and minus the entropy term kappa H; and the values to log."""
+    real = sub.real[:, -sub.u.shape[1] :]  # (B, L)
     dist = distribution(model, sub, sub.new_returns)
-    ratio = importance_ratio(dist.log_prob(sub.u) - sub.old_log_prob, sub.real, args)  # (B, 1 or L)
+    ratio = importance_ratio(dist.log_prob(sub.u) - sub.old_log_prob, real, args)  # (B, 1 or L)
     advantage = sub.advantage[:, None]  # (B, 1)
     clipped = ratio.clamp(1.0 - args.epsilon, 1.0 + args.epsilon)
     surrogate = torch.min(ratio * advantage, clipped * advantage)  # Eq. 3
-    weight = sub.real / sub.real.sum(1, keepdim=True) if args.token_ratio else torch.ones_like(ratio)  # Eq. 1's 1/|o|
+    weight = real / real.sum(1, keepdim=True) if args.token_ratio else torch.ones_like(ratio)  # Eq. 1's 1/|o|
     surrogate = (surrogate * weight).sum(1).mean()
     with torch.no_grad():
         reference_dist = distribution(reference, sub, sub.new_returns)
-    kl = masked_mean(gaussian_kl(dist, reference_dist), sub.real)
-    entropy = masked_mean(dist.entropy(torch.randn_like(dist.mean)), sub.real)
+    laws = [torch.distributions.Normal(d.mean, d.log_std.exp(), validate_args=False) for d in (dist, reference_dist)]
+    kl = masked_mean(torch.distributions.kl_divergence(*laws).sum(-1), real)  # before tanh, which changes nothing
+    entropy = masked_mean(dist.entropy(torch.randn_like(dist.mean)), real)
     loss = -(surrogate - args.beta * kl + kappa * entropy)  # Eq. 3 and the entropy constraint's Lagrangian
-    real = sub.real if args.token_ratio else torch.ones_like(ratio)
-    values = {"ratio_mean": masked_mean(ratio, real), "ratio_max": ratio.max(), "kl": kl, "entropy": entropy}
-    return loss, values | {"surrogate": surrogate, "clip_fraction": masked_mean((clipped != ratio).float(), real)}
+    counted = real if args.token_ratio else torch.ones_like(ratio)
+    values = {"ratio_mean": masked_mean(ratio, counted), "ratio_max": ratio.max(), "kl": kl, "entropy": entropy}
+    return loss, values | {"surrogate": surrogate, "clip_fraction": masked_mean((clipped != ratio).float(), counted)}
 
 
 class GRPOLearner:
@@ -1125,29 +983,36 @@ class GRPOLearner:
 
     def __init__(self, model: DecisionTransformer, args: Args):
         self.model, self.args, self.updates = model.eval(), args, 0  # no dropout in finetuning (Table 5)
-        device = model.obs_mean.device
         self.reference = copy.deepcopy(model).requires_grad_(False)
         self.optimizer = Lamb(model.parameters(), args.lr, weight_decay=args.weight_decay)
-        self.log_kappa = torch.tensor(math.log(args.kappa_initial), device=device, requires_grad=True)
+        log_kappa = torch.tensor(math.log(args.kappa_initial), device=model.obs_mean.device)
+        self.log_kappa = log_kappa.requires_grad_()
         self.dual = torch.optim.Adam([self.log_kappa], lr=args.kappa_lr)
         self.buffer: SubTrajectories | None = None
 
+    @torch.no_grad()
     def remember(self, groups: Groups, advantages: np.ndarray, keep: np.ndarray) -> None:
-        """Line 8: the members that stay enter the buffer, with their advantage and the old log-probability."""
-        index = torch.from_numpy(np.flatnonzero(keep)).to(groups.sub.u.device)
-        if len(index) == 0:
+        """Line 8: the members that stay enter the buffer, the first ones in it leave."""
+        args, index = self.args, np.flatnonzero(keep)
+        if not len(index):
+            print(f"nothing kept: no member is further than Delta_r = {args.delta_r} from its group's mean", flush=True)
             return
-        sub = groups.sub.take(index)
-        advantage = torch.from_numpy(advantages[keep].astype(np.float32)).to(sub.u.device)
-        sub = sub._replace(advantage=advantage, old_log_prob=old_log_prob(self.model, sub, self.args.n_batch))
-        self.buffer = append(self.buffer, sub, self.args.buffer_size)
+        for part in np.split(index, range(args.n_batch, len(index), args.n_batch)):
+            new = groups.sub.take(torch.from_numpy(part).to(groups.sub.u.device))
+            new.advantage.copy_(torch.from_numpy(advantages[part]))
+            # departure (5): by the update's own forward, so that before the first step the ratio is 1
+            new.old_log_prob.copy_(distribution(self.model, new, new.returns).log_prob(new.u))
+            fields = zip(self.buffer, new) if self.buffer else zip(new)
+            self.buffer = SubTrajectories(*(torch.cat(field)[-args.buffer_size :] for field in fields))
 
     def update(self, iteration: int) -> dict[str, float]:
         """Line 9: minibatches drawn uniformly from the buffer, a gradient step each; means of the values to log."""
+        if not self.buffer:
+            return {}
         args, logged = self.args, []
         rng = np.random.default_rng(stream(args.seed, iteration, "minibatches"))
         torch.manual_seed(stream(args.seed, iteration, "entropy"))
-        for _ in range(args.n_minibatches if self.buffer is not None else 0):
+        for _ in range(args.n_minibatches):
             if self.updates % args.reference_every == 0:
                 self.reference.load_state_dict(self.model.state_dict())
             index = torch.from_numpy(rng.integers(len(self.buffer.u), size=args.n_batch)).to(self.buffer.u.device)
@@ -1164,16 +1029,17 @@ class GRPOLearner:
             self.updates += 1
             values |= {"loss": loss, "kappa": kappa}
             logged.append(torch.stack([values[name].detach() for name in LOSSES]))
-        if not logged:
-            return {}
         table = torch.stack(logged).cpu()  # the only wait for the device
-        losses = dict(zip(LOSSES, table.mean(0).tolist())) | {
-            "ratio_max": table[:, LOSSES.index("ratio_max")].max().item()
-        }
-        first = table[0, LOSSES.index("ratio_mean")].item()
+        losses = dict(zip(LOSSES, table.mean(0).tolist()))
+        losses["ratio_max"] = table[:, LOSSES.index("ratio_max")].max().item()
+        losses["ratio_first"] = table[0, LOSSES.index("ratio_mean")].item()
         if not all(map(math.isfinite, losses.values())):
             die(f"the loss is not finite in iteration {iteration} ({losses}): lower --lr; the last checkpoint is kept.")
-        return {f"losses/{name}": value for name, value in (losses | {"ratio_first": first}).items()}
+        return {f"losses/{name}": value for name, value in losses.items()}
+
+    def size(self) -> int:
+        """Sub-trajectories in the buffer."""
+        return len(self.buffer.u) if self.buffer else 0
 
     def state(self) -> dict:
         """What, beside the weights, a resumed run needs."""
@@ -1181,9 +1047,9 @@ class GRPOLearner:
         parts |= {"log_kappa": self.log_kappa.detach(), "reference": self.reference.state_dict()}
         return parts | {"buffer": list(self.buffer) if self.buffer is not None else None}
 
-    def load_state(self, saved: dict) -> None:
-        """Go on from a checkpoint; the weights are in the model already."""
-        state, self.updates = saved["learner"], saved["learner"]["updates"]
+    def load_state(self, state: dict) -> None:
+        """Go on from what `state` gave; the weights are in the model already."""
+        self.updates = state["updates"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.dual.load_state_dict(state["dual"])
         self.log_kappa.data.copy_(state["log_kappa"])
@@ -1196,24 +1062,20 @@ class GRPOLearner:
 # 8. The run
 # ---------------------------------------------------------------------------------------------------------------------
 
+EVALUATION = ("eval/return_mean", "eval/return_std", "eval/length_mean", "eval/distance_mean", "eval/normalized_score")
 LOSSES = ("loss", "surrogate", "ratio_mean", "ratio_max", "clip_fraction", "kl", "entropy", "kappa", "grad_norm")
 METRICS = ["iteration", "charts/env_steps", "charts/SPS", "charts/gradient_updates", "charts/buffer"]
-METRICS += ["charts/env_steps_full", "charts/env_steps_sub", "charts/env_steps_eval"]
-METRICS += ["eval/return_mean", "eval/return_std", "eval/length_mean", "eval/normalized_score"]
+METRICS += ["charts/env_steps_full", "charts/env_steps_sub", "charts/env_steps_eval", *EVALUATION]
 METRICS += ["rollout/return", "rollout/length", "rollout/sub_score", "rollout/group_std", "rollout/kept"]
 METRICS += ["rollout/ended_early", *(f"losses/{name}" for name in (*LOSSES, "ratio_first"))]
 METRICS += ["time/iteration", "time/collect", "time/simulate", "time/infer", "time/update", "time/eval"]
+CONSOLE = ("eval/return_mean", "rollout/return", "rollout/kept", "losses/ratio_first", "losses/ratio_max")
+CONSOLE += ("losses/clip_fraction", "losses/entropy", "charts/SPS")
 
 
 def die(message: str) -> NoReturn:
     """End with one line on stderr and exit code 1."""
     raise SystemExit("error: " + re.sub(r"\s*\n\s*", " ", message))
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, without its full stop."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
 def stream(seed: int, iteration: int, purpose: str) -> int:
@@ -1222,45 +1084,40 @@ def stream(seed: int, iteration: int, purpose: str) -> int:
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))  # 63 bits: what torch takes
 
 
-def save_checkpoint(path: Path, content: dict) -> None:
-    """Written beside `path`, then renamed: whenever the process dies, `path` is a whole checkpoint, old or new."""
-    temporary, buffer = path.with_suffix(".tmp"), io.BytesIO()
-    torch.save(content, buffer)
+def write_file(path: Path, content: bytes) -> None:
+    """Written beside `path`, then renamed: whenever the process dies, `path` is whole, the old one or the new."""
+    temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(content)
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        kept = "the one before it is kept" if path.exists() else "make room and start again"
-        die(f"cannot write the checkpoint {path}: {error.strerror}; {kept}.")
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk leaves no half of it
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Plain types and tensors, so that torch.load(weights_only=True) reads them."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(path, buffer.getvalue())
 
 
 def load_checkpoint(path: Path) -> dict:
-    """A checkpoint of any script here, on the CPU. Exits with a line if it is missing or damaged."""
+    """A checkpoint of any script here, on the CPU. Exits with a line if it is missing, damaged or foreign."""
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.is_file():
         die(f"checkpoint {path} not found: give the folder of a run, or the checkpoint.pt in it.")
-    keys = ("script", "iteration", "sizes", "weights", "args", "env_id", "env_kwargs", "g_eval", "c_online")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        missing = [key for key in keys if key not in content]
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError and more
-        die(f"cannot read the checkpoint {path}: {first_line(error)}. It is damaged: take another.")
-    if missing:
-        die(f"{path} is no checkpoint of these scripts: it lacks {', '.join(missing)}.")
+        assert {"script", "iteration", "sizes", "weights", "args", "env_id", "env_kwargs", "g_eval"} <= set(content)
+    except Exception:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError and more
+        die(f"{path} is damaged, or no checkpoint of these scripts: take another.")
     return content
 
 
 def load_model(content: dict, dropout: float = 0.0) -> DecisionTransformer:
     """The network of a checkpoint, with the statistics of its observations and the scale of its returns."""
-    try:
-        model = DecisionTransformer(**content["sizes"], dropout=dropout)
-        model.load_state_dict(content["weights"])
-    except (TypeError, RuntimeError) as error:
-        die(f"the checkpoint's weights do not fit its sizes {content['sizes']}: {first_line(error)}. Take another.")
+    model = DecisionTransformer(**content["sizes"], dropout=dropout)
+    model.load_state_dict(content["weights"])
     return model
 
 
@@ -1280,30 +1137,45 @@ def set_up_torch(args) -> tuple[torch.device, torch.dtype]:
 
 def parse_args(arguments: list[str] | None = None) -> Args:
     """The command line. With --resume or --eval-only, the checkpoint's arguments are the defaults."""
-    try:
-        args = tyro.cli(Args, args=arguments)
-        if args.resume is None and args.eval_only is None:
-            return args
-        if args.resume and args.eval_only:
-            die("--resume goes on with a run, --eval-only only evaluates: give one of them.")
-        path = Path(args.resume or args.eval_only)
-        content, known = load_checkpoint(path), {field.name for field in dataclasses.fields(Args)}
-        if args.resume and content["script"] != Path(__file__).stem:
-            die(f"{path} is a run of {content['script']}.py: resume it with that script.")
-        saved = Args(**{name: value for name, value in content["args"].items() if name in known})
-        if args.eval_only:
-            saved.g_eval, saved.c_online, saved.capture_video = content["g_eval"], content["c_online"], False
-            saved.device, saved.resume = "auto", None
-        args = tyro.cli(Args, args=arguments, default=saved)
-    except SystemExit as stop:  # tyro's own messages stay; its exit code for bad usage, 2, becomes ours
-        raise SystemExit(1 if stop.code == 2 else stop.code) from None
-    fixed = ["env_id"] if args.eval_only else sorted(known - {"updates", "iterations", "device", "track", "resume"})
-    for name in fixed:
-        old, new = getattr(saved, name), getattr(args, name)
+    args = tyro.cli(Args, args=arguments)
+    if args.resume and args.eval_only:
+        die("--resume goes on with a run, --eval-only only evaluates: give one of them.")
+    path = args.resume or args.eval_only
+    if path is None:
+        return args
+    content, known = load_checkpoint(Path(path)), {field.name for field in dataclasses.fields(Args)}
+    if args.resume and content["script"] != Path(__file__).stem:
+        die(f"{path} is a run of {content['script']}.py: resume it with that script.")
+    saved = Args(**{name: value for name, value in content["args"].items() if name in known})
+    if args.eval_only:
+        saved = dataclasses.replace(saved, g_eval=content["g_eval"], device="auto", capture_video=False)
+    args = tyro.cli(Args, args=arguments, default=saved)
+    fixed = {"env_id"} if args.eval_only else known - {"updates", "iterations", "device", "track", "resume"}
+    for name in sorted(fixed):
+        old, new, flag = getattr(saved, name), getattr(args, name), "--" + name.replace("_", "-")
         if old != new:
-            flag = "--" + name.replace("_", "-")
             die(f"{path} was made with {flag} {old}, not {new}: leave {flag} out, or start a run of its own.")
     return args
+
+
+MAY_BE_ZERO = ("seed", "dropout", "weight_decay", "kappa_lr", "return_loss_weight", "beta", "delta_r", "l_eval")
+MAY_BE_NEGATIVE = ("g_eval", "g_online")
+
+
+def check_args(args) -> None:
+    """Exits with a line on values that cannot work, before anything is written."""
+    for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and not math.isfinite(value):
+            die(f"{flag} is {value}: give a finite number.")
+        if number and not (value > 0 or name in MAY_BE_NEGATIVE or (value == 0 and name in MAY_BE_ZERO)):
+            die(f"{flag} is {value}: give one above 0.")
+        if name in ("dropout", "expectile") and value >= 1.0:
+            die(f"{flag} is {value}: give a number below 1.")
+        package = {"track": "wandb", "capture_video": "moviepy"}.get(name)
+        if package and value and importlib.util.find_spec(package) is None:
+            die(f"{flag} needs {package}: pip install {package}.")
 
 
 class RunLog:
@@ -1312,36 +1184,32 @@ class RunLog:
     def __init__(self, run_dir: Path, columns: list[str], args, saved: dict | None = None):
         """saved: the checkpoint that a resumed run goes on from; what was written after it is cut off."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        path, self.columns = run_dir / "metrics.csv", columns
+        path = run_dir / "metrics.csv"
         lines = path.read_text().splitlines(keepends=True)[: 1 + saved["rows"]] if saved else [",".join(columns) + "\n"]
-        self.rows = len(lines) - 1
-        path.with_suffix(".tmp").write_text("".join(lines))
-        os.replace(path.with_suffix(".tmp"), path)
+        write_file(path, "".join(lines).encode())
         packages = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "minari")
         versions = {name: importlib.metadata.version(name) for name in packages}
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-        content = {"args": vars(args), "versions": versions, "commit": commit}
-        (run_dir / "args.tmp").write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(run_dir / "args.tmp", run_dir / "args.json")  # renamed, so that a full disk leaves no half of it
+        content = json.dumps({"args": vars(args), "versions": versions, "commit": commit}, indent=2)
+        write_file(run_dir / "args.json", content.encode())
         if args.track:
             import wandb
 
             wandb.init(project="online-dt-rl", name=run_dir.name, config=vars(args), sync_tensorboard=True)
         from torch.utils.tensorboard import SummaryWriter
 
-        self.file = open(path, "a", newline="")
+        self.rows, self.file = len(lines) - 1, open(path, "a", newline="")
+        self.table = csv.DictWriter(self.file, columns, lineterminator="\n")
         self.writer = SummaryWriter(str(run_dir), purge_step=0)
         for row in csv.DictReader(lines):  # what is kept, anew: events of a killed process may be lost
-            for name in columns[1:]:
-                if row[name]:
-                    self.writer.add_scalar(name, float(row[name]), int(row["iteration"]))
+            for name in (name for name in columns[1:] if row[name]):
+                self.writer.add_scalar(name, float(row[name]), int(row["iteration"]))
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """A row; names that are not in `values`, and values that are NaN, stay empty."""
         values = {name: value for name, value in values.items() if not math.isnan(value)}
-        assert set(values) <= set(self.columns), f"not in METRICS: {set(values) - set(self.columns)}"
-        csv.writer(self.file, lineterminator="\n").writerow([iteration, *(values.get(c, "") for c in self.columns[1:])])
+        self.table.writerow({"iteration": iteration} | values)
         self.file.flush()
         self.rows += 1
         for name, value in values.items():
@@ -1355,9 +1223,8 @@ class RunLog:
 
 def choose_run_dir(args) -> Path:
     """The folder of this run, yet to be made. Exits with a line rather than mix two runs in one folder."""
-    script = Path(__file__).stem
-    name = f"{args.env_id}__{script}__{args.dataset_kind}__{args.seed}__{int(time.time())}".replace("/", "_")
-    run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.dataset_kind}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '_')}")
     if not args.resume and (run_dir / "checkpoint.pt").exists():
         die(f"{run_dir} holds a run already: go on with --resume {run_dir}, or choose another --run-dir.")
     return run_dir
@@ -1365,33 +1232,28 @@ def choose_run_dir(args) -> Path:
 
 def make_eval_envs(args, env_kwargs: dict, video_dir: Path) -> list[gym.Env]:
     """One environment per evaluation episode; the first one films itself if --capture-video."""
-    envs = [make_env(args.env_id, env_kwargs) for _ in range(args.eval_episodes - args.capture_video)]
+    modes = ["rgb_array" if args.capture_video else None, *[None] * (args.eval_episodes - 1)]
+    envs = [make_env(args.env_id, env_kwargs, mode) for mode in modes]
     if args.capture_video:
         try:
-            film = make_env(args.env_id, env_kwargs, render_mode="rgb_array")
-            film.reset()
-            film.render()
-            envs.insert(0, gym.wrappers.RecordVideo(film, str(video_dir), episode_trigger=lambda episode: True))
+            envs[0].reset()
+            envs[0].render()
+            envs[0] = gym.wrappers.RecordVideo(envs[0], str(video_dir), episode_trigger=lambda episode: True)
         except Exception as error:  # moviepy missing, no GL library, no display: each raises its own
-            die(f"cannot film {args.env_id}: {first_line(error)}. It needs moviepy and a GL library (MUJOCO_GL=egl).")
+            die(f"cannot film {args.env_id}: {error}. It needs moviepy and a GL library (MUJOCO_GL=egl).")
     return envs
 
 
 def run_evaluation(args, model: DecisionTransformer, envs: list[gym.Env], iteration: int) -> dict[str, float]:
     """Evaluate, print the outcome and return the eval/ columns of metrics.csv. The same (seed, iteration) plays the
     same episodes, so a saved model scores what it scored in memory."""
-    start, seeds = time.time(), [stream(args.seed, iteration, f"evaluation {i}") for i in range(len(envs))]
-    returns, lengths = evaluate(model, envs, args.g_eval, args.c_online, seeds)
-    mean, std, length, score = (
-        returns.mean(),
-        returns.std(),
-        lengths.mean(),
-        normalized_score(args.env_id, returns.mean()),
-    )
-    outcome = f"return {mean:,.1f} ± {std:,.1f}, length {length:,.0f} ({len(envs)} episodes, g = {args.g_eval:,.0f})"
-    print(f"evaluation: {outcome}" + ("" if math.isnan(score) else f", score {score:.1f}"), flush=True)
-    names = ("eval/return_mean", "eval/return_std", "eval/length_mean", "eval/normalized_score", "time/eval")
-    return dict(zip(names, map(float, (mean, std, length, score, time.time() - start)), strict=True))
+    begun, seeds = time.time(), [stream(args.seed, iteration, f"evaluation {i}") for i in range(len(envs))]
+    returns, lengths, distances = evaluate(model, envs, args.g_eval, args.c_online, seeds)
+    values = (returns.mean(), returns.std(), lengths.mean(), distances.mean())
+    row = dict(zip(EVALUATION, map(float, (*values, normalized_score(args.env_id, values[0])))))
+    shown = [f"{name.removeprefix('eval/')} {value:,.1f}" for name, value in row.items() if not math.isnan(value)]
+    print(f"evaluation: {', '.join(shown)} ({len(envs)} episodes, g = {args.g_eval:,.0f})", flush=True)
+    return row | {"time/eval": time.time() - begun}
 
 
 def eval_only(args) -> None:
@@ -1405,159 +1267,100 @@ def eval_only(args) -> None:
         env.close()
 
 
-MAY_BE_ZERO = ("seed", "dropout", "weight_decay", "kappa_lr", "return_loss_weight", "beta", "delta_r", "l_eval")
-MAY_BE_NEGATIVE = ("g_eval", "g_online")
-
-
-def check_args(args) -> None:
-    """Exits with a line on values that cannot work, before anything is written."""
-    for name, value in vars(args).items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        if not math.isfinite(value):
-            die(f"--{name.replace('_', '-')} is {value}: give a finite number.")
-        if name in MAY_BE_NEGATIVE:
-            continue
-        if not (value > 0 or (value == 0 and name in MAY_BE_ZERO)):
-            die(f"--{name.replace('_', '-')} is {value}: give one above 0.")
-    for name in ("dropout", "expectile"):
-        if getattr(args, name, 0.0) >= 1.0:
-            die(f"--{name} is {getattr(args, name)}: give a number below 1.")
-    if args.embed_dim % args.n_heads:
-        die(f"--embed-dim {args.embed_dim} is not a multiple of --n-heads {args.n_heads}: change one of them.")
-    for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
-        if getattr(args, flag) and importlib.util.find_spec(package) is None:
-            die(f"--{flag.replace('_', '-')} needs {package}: pip install {package}.")
-
-
 def pretrained_on_random(args: Args) -> Path:
     """The checkpoint that is used where --pretrained is left out: pretrain_dt.py, run once on random data of this
-    environment for this model, kept under runs/pretrained: minutes on two cores at any width."""
-    name = f"{args.env_id}__{args.model}__{args.embed_dim}x{args.n_layers}x{args.n_heads}"
+    environment for this width, kept under runs/pretrained: minutes on two cores at any width."""
     key = row_of(args.env_id, args.dataset_kind or "random")
-    context = args.c_online or (ROWS[key].c_online if key else 1)
-    target = Path("runs/pretrained") / f"{name}__c{context}__{args.seed}".replace("/", "_")
+    context = args.c_online or (ROWS[key][COLUMNS.index("c_online")] if key else 1)
+    target = Path(f"runs/pretrained/{args.env_id.replace('/', '_')}__{args.embed_dim}__c{context}__{args.seed}")
+    print(f"no --pretrained given: taking {target}, pretrained on random data", flush=True)
     if (target / "checkpoint.pt").exists():
-        print(f"pretrained on random data before: {target}", flush=True)
-        return target / "checkpoint.pt"
+        return target
     own = target.with_name(f"{target.name}.{os.getpid()}")  # parallel runs make their own, the first one stays
-    print(f"no --pretrained given: pretraining on random data first, kept in {target}", flush=True)
-    flags = dict(env_id=args.env_id, model=args.model, embed_dim=args.embed_dim, n_layers=args.n_layers, seed=args.seed)
-    flags |= dict(n_heads=args.n_heads, device=args.device, run_dir=own, c_offline=context, c_online=context)
+    flags = dict(env_id=args.env_id, embed_dim=args.embed_dim, seed=args.seed, device=args.device, run_dir=own)
     # [17] a context of c_online and few updates at a large rate: quick, and groups whose members differ
-    flags |= dict(dataset_steps=30_000, updates=max(150, 600 // context), batch_size=256, lr=1e-3)
+    flags |= dict(c_offline=context, c_online=context, updates=max(150, 600 // context), lr=1e-3, dataset_steps=30_000)
     flags |= {"threads": args.threads} if args.threads else {}
-    command = [sys.executable, str(Path(__file__).with_name("pretrain_dt.py"))]
+    command = [sys.executable, str(Path(__file__).with_name("pretrain_dt.py")), "--bf16" if args.bf16 else "--no-bf16"]
     command += [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
-    command += [] if args.bf16 else ["--no-bf16"]
     if subprocess.run(command).returncode:
         die("pretraining on random data failed, see above: mend it, or give --pretrained.")
     try:
         own.rename(target)
     except OSError:  # another run was faster
-        os.replace(own / "checkpoint.pt", target / "checkpoint.pt")
         shutil.rmtree(own)
-    return target / "checkpoint.pt"
+    return target
 
 
 def start(args: Args) -> tuple[dict, dict | None]:
     """The checkpoint to begin with, and the same once more if it is a run that goes on. Fills `args`."""
-    check_ablations(args)
+    check_args(args)
+    exclusive = [("full_trajectories", "mixed_groups"), ("full_trajectories", "random_points")]
+    for one, other in [*exclusive, ("token_ratio", "geometric_mean")]:
+        if getattr(args, one) and getattr(args, other):
+            die(f"--{one} and --{other} exclude each other: give one.".replace("_", "-"))
+    if args.group_size < 2:
+        die(f"--group-size is {args.group_size}: an advantage is relative to a group, give 2 or more.")
     choose_run_dir(args)  # an occupied one is refused before minutes of pretraining
     saved = load_checkpoint(Path(args.resume)) if args.resume else None
     base = saved or load_checkpoint(Path(args.pretrained or pretrained_on_random(args)))
     if base["env_id"] != args.env_id:
         die(f"{args.pretrained} was pretrained in {base['env_id']}, not in {args.env_id}: give the one or the other.")
-    args.model, sizes = base["sizes"]["kind"], base["sizes"]
-    args.embed_dim, args.n_layers, args.n_heads = sizes["embed_dim"], sizes["n_layers"], sizes["n_heads"]
+    args.embed_dim = base["sizes"]["embed_dim"]
     line = fill_from_table_6(args, base["dataset_kind"], base["dataset_best_return"])
     if args.hindsight and args.c_online > 1:
         die(f"--hindsight relabels single steps, as in Fig. 1: it does not go with a context of {args.c_online}.")
+    if saved and saved["iteration"] > args.iterations:
+        die(f"{args.resume} is at iteration {saved['iteration']}: give --iterations {saved['iteration']} or more.")
     print(line, flush=True)
     return base, saved
 
 
-def rollout_metrics(episodes: list[Trajectory], groups: Groups, keep: np.ndarray, args: Args) -> dict[str, float]:
-    """The rollout/ columns of metrics.csv."""
-    return {
-        "rollout/return": float(np.mean([episode.rewards.sum() for episode in episodes])),
-        "rollout/length": float(np.mean([len(episode.rewards) for episode in episodes])),
-        "rollout/sub_score": float(groups.scores.mean()),
-        "rollout/group_std": float(groups.scores.reshape(-1, args.group_size).std(1).mean()),
-        "rollout/kept": float(keep.mean()),
-        "rollout/ended_early": float((groups.lengths < args.l_traj + args.l_eval).mean()),
-    }
-
-
-def charts(
-    steps: dict[str, int], learner: GRPOLearner, clock: list[float], simulated: float, env_steps: int
+def row_of_iteration(
+    episodes: list[Trajectory], groups: Groups, keep: np.ndarray, steps: dict[str, int], clock: list[float], args: Args
 ) -> dict[str, float]:
-    """The charts/ and time/ columns of metrics.csv."""
-    collected, rolled, updated = np.diff(clock)
-    seconds = time.time() - clock[0]
-    row = {f"charts/env_steps_{source}": count for source, count in steps.items()}
-    row |= {"charts/env_steps": steps["full"] + steps["sub"], "charts/gradient_updates": learner.updates}
-    row |= {"charts/SPS": env_steps / rolled, "charts/buffer": len(learner.buffer.u) if learner.buffer else 0}
-    row |= {"time/collect": collected, "time/simulate": simulated, "time/infer": rolled - simulated}
-    return row | {"time/update": updated, "time/iteration": seconds}
-
-
-def iteration_line(iteration: int, args: Args, row: dict[str, float], seconds_left: float) -> str:
-    """What the console shows for an iteration."""
-    line = f"iteration {iteration}/{args.iterations}"
-    if "eval/return_mean" in row:
-        line += f"  eval {row['eval/return_mean']:,.1f} (length {row['eval/length_mean']:,.0f}"
-        line += f", score {row['eval/normalized_score']:.1f})" if math.isfinite(row["eval/normalized_score"]) else ")"
-    line += f"  rollout {row['rollout/return']:,.1f}  kept {row['rollout/kept']:.0%}"
-    if "losses/loss" in row:
-        line += f"  ratio {row['losses/ratio_first']:.3f} to {row['losses/ratio_max']:.2f}"
-        line += f"  clipped {row['losses/clip_fraction']:.0%}  entropy {row['losses/entropy']:.2f}"
-    else:
-        line += f"  no update: nothing further than Delta_r = {args.delta_r} from its group's mean yet"
-    return f"{line}  {row['charts/SPS']:,.0f} steps/s  {seconds_left / 60:.0f} min left"
-
-
-def check_ablations(args: Args) -> None:
-    """Exits with a line on flags that do not go together."""
-    if args.group_size < 2:
-        die(f"--group-size is {args.group_size}: an advantage is relative to a group, give 2 or more.")
-    for one, other in (("full_trajectories", "mixed_groups"), ("full_trajectories", "random_points")):
-        if getattr(args, one) and getattr(args, other):
-            die(f"--{one} and --{other} exclude each other: give one.".replace("_", "-"))
-    if args.token_ratio and args.geometric_mean:
-        die("--token-ratio has no product of ratios for --geometric-mean to take the root of: give one.")
-
-
-def load_state(
-    saved: dict, learner: GRPOLearner, facts: dict, args: Args
-) -> tuple[int, dict[str, int], list[Trajectory]]:
-    """Go on from a checkpoint: iteration, environment steps by source, full trajectories."""
-    if saved["precision"] != facts["precision"]:
-        die(f"the run began in {saved['precision']}, here it is {facts['precision']}: use a device like it.")
-    if saved["iteration"] > args.iterations:
-        die(f"{args.resume} is at iteration {saved['iteration']:,}: give --iterations {saved['iteration']} or more.")
-    learner.load_state(saved)
-    return saved["iteration"], saved["steps"], [Trajectory(*(f.numpy() for f in each)) for each in saved["replay"]]
+    """The rollout/ columns of metrics.csv, environment steps and times; adds this iteration's steps to `steps`."""
+    steps["full"] += sum(len(episode.rewards) for episode in episodes)
+    steps["sub"] += groups.env_steps
+    collected, rolled, updated = np.diff(clock).tolist()
+    return {
+        "rollout/return": np.mean([episode.rewards.sum() for episode in episodes]).item(),
+        "rollout/length": np.mean([len(episode.rewards) for episode in episodes]).item(),
+        "rollout/sub_score": groups.scores.mean().item(),
+        "rollout/group_std": groups.scores.reshape(-1, args.group_size).std(1).mean().item(),
+        "rollout/kept": keep.mean().item(),
+        "rollout/ended_early": (groups.lengths < args.l_traj + args.l_eval).mean().item(),
+        "charts/env_steps": steps["full"] + steps["sub"],
+        **{f"charts/env_steps_{source}": count for source, count in steps.items()},
+        "charts/SPS": groups.env_steps / rolled,
+        "time/collect": collected,
+        "time/simulate": groups.seconds,
+        "time/infer": rolled - groups.seconds,
+        "time/update": updated,
+        "time/iteration": time.time() - clock[0],
+    }
 
 
 def main(args: Args) -> Path:
     """Algorithm 1; returns the run's folder."""
-    check_args(args)
     base, saved = start(args)
     device, dtype = set_up_torch(args)
-    envs = [make_env(args.env_id, base["env_kwargs"]) for _ in range(args.n_trajectories)]
+    envs = [make_env(args.env_id, base["env_kwargs"]) for _ in range(max(args.n_sources, args.n_trajectories))]
     if args.full_trajectories:
         args.l_traj, args.l_eval = envs[0].spec.max_episode_steps, 0
     size = args.n_sources * args.n_points * args.group_size
     pool = make_pool(make_env(args.env_id, base["env_kwargs"]), size, args.threads)
     model = load_model(base).use_precision(dtype).to(device)
-    learner = GRPOLearner(model, args)
+    learner, iteration, steps, replay = GRPOLearner(model, args), 0, dict(full=0, sub=0, eval=0), []
+    if saved:
+        if saved["precision"] != str(dtype):
+            die(f"the run began in {saved['precision']}, here it is {dtype}: use a device like it.")
+        learner.load_state(saved["learner"])
+        iteration, steps = saved["iteration"], saved["steps"]
+        replay = [Trajectory(*(field.numpy() for field in each)) for each in saved["replay"]]
     facts = {key: base[key] for key in ("sizes", "env_id", "env_kwargs", "dataset", "dataset_best_return")}
     facts |= dict(script=Path(__file__).stem, dataset_kind=args.dataset_kind, precision=str(dtype))
     facts |= dict(g_eval=args.g_eval, c_online=args.c_online, args=vars(args) | {"resume": None})
-    iteration, steps, replay = 0, dict.fromkeys(("full", "sub", "eval"), 0), []
-    if saved:
-        iteration, steps, replay = load_state(saved, learner, facts, args)
     run_dir = choose_run_dir(args)
     eval_envs = make_eval_envs(args, base["env_kwargs"], run_dir / "videos")
     log = RunLog(run_dir, METRICS, args, saved)
@@ -1567,31 +1370,27 @@ def main(args: Args) -> Path:
 
     first, begun = iteration, time.time()
     while iteration < args.iterations:
-        iteration, clock, pool.seconds = iteration + 1, [time.time()], 0.0
-        policy = rollout_copy(model)
-        episodes = collect(policy, envs, args.g_online, args.c_online, args.seed, iteration)  # line 2
+        iteration, clock = iteration + 1, [time.time()]
+        policy, count = rollout_copy(model), args.n_trajectories if replay else args.n_sources  # departure (8)
+        episodes = collect(policy, envs[:count], args, iteration)  # line 2
         replay = [*replay, *episodes][-args.replay_size :]
         clock.append(time.time())
         points = choose_points(policy, replay, args, iteration)  # lines 3-5
         groups = rollout_groups(policy, pool, points, args, iteration)  # line 6
-        if pool.unstable() or not np.isfinite(groups.scores).all():
-            die(
-                f"a simulation became unstable in iteration {iteration}; start a new run from here with another --seed."
-            )
         clock.append(time.time())
         advantages, keep = group_advantages(groups.scores, args.group_size, args.delta_r)  # line 7
         learner.remember(groups, advantages, keep)  # line 8
-        row = learner.update(iteration) | rollout_metrics(episodes, groups, keep, args)  # line 9
+        row = learner.update(iteration)  # line 9
         clock.append(time.time())
         if iteration % args.eval_every == 0 or iteration == args.iterations:
             row |= run_evaluation(args, model, eval_envs, iteration)
             steps["eval"] += round(row["eval/length_mean"] * args.eval_episodes)
-        steps["full"] += sum(len(episode.rewards) for episode in episodes)
-        steps["sub"] += groups.env_steps
-        row |= charts(steps, learner, clock, pool.seconds, groups.env_steps)
+        row |= {"charts/gradient_updates": learner.updates, "charts/buffer": learner.size()}
+        row |= row_of_iteration(episodes, groups, keep, steps, clock, args)
         log.write(iteration, row)
-        left = (args.iterations - iteration) * (time.time() - begun) / (iteration - first)
-        print(iteration_line(iteration, args, row, left), flush=True)
+        left = (args.iterations - iteration) * (time.time() - begun) / (iteration - first) / 60
+        shown = "  ".join(f"{name} {row[name]:,.4g}" for name in CONSOLE if name in row)
+        print(f"iteration {iteration}/{args.iterations}  {shown}  {left:.0f} min left", flush=True)
         content = dict(iteration=iteration, rows=log.rows, steps=steps, weights=model.state_dict())
         content |= dict(learner=learner.state(), replay=[[torch.from_numpy(f) for f in each] for each in replay])
         save_checkpoint(run_dir / "checkpoint.pt", facts | content)
@@ -1609,6 +1408,8 @@ if __name__ == "__main__":
     try:
         arguments = parse_args()
         eval_only(arguments) if arguments.eval_only else main(arguments)
+    except SystemExit as stop:  # tyro's code for bad usage is 2
+        raise SystemExit(1 if stop.code == 2 else stop.code) from None
     except KeyboardInterrupt:
         raise SystemExit("stopped: a run goes on from its last checkpoint with --resume RUN_DIR") from None
     except OSError as error:

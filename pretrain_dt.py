@@ -20,23 +20,8 @@ On a laptop: python pretrain_dt.py --env-id Hopper-v5 --embed-dim 128 --updates 
 In full:     python pretrain_dt.py --env-id Hopper-v5 --dataset mujoco/hopper/medium-v0
 """
 
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#   "torch==2.13.0",
-#   "numpy==2.4.6",
-#   "gymnasium[mujoco]==1.4.0",
-#   "mujoco==3.14.0",
-#   "gymnasium-robotics==1.4.2",
-#   "minari[hdf5,hf]==0.5.4",
-#   "h5py==3.16.0",
-#   "Pillow==13.0.0",
-#   "tyro==1.0.17",
-#   "tensorboard==2.21.0",
-# ]
-# ///
-
 import contextlib
+import copy
 import csv
 import dataclasses
 import importlib.metadata
@@ -219,6 +204,7 @@ REFERENCE_RETURNS = {
 
 # D4RL's umaze with its fixed start (r) and goal (g), in gymnasium-robotics' frame; a Minari dataset brings its own map.
 UMAZE = [[1, 1, 1, 1, 1], [1, "r", 0, 0, 1], [1, 1, 1, 0, 1], [1, "g", 0, 0, 1], [1, 1, 1, 1, 1]]
+GOAL_KEYS = ("achieved_goal", "observation", "desired_goal")
 
 
 def task_of(env_id: str) -> str:
@@ -234,34 +220,26 @@ def normalized_score(env_id: str, returns: float) -> float:
 
 
 def flatten_observation(observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
-    """One flat vector (..., S). Goal dictionaries in the order achieved_goal, observation, desired_goal (AntMaze: 31),
-    so that the first 29 are D4RL's layout (qpos, qvel)."""
+    """One flat vector (..., S). A goal dictionary in the order of GOAL_KEYS (AntMaze: 31), so that the first 29 are
+    D4RL's layout (qpos, qvel)."""
     if isinstance(observation, dict):
-        parts = [observation[key] for key in ("achieved_goal", "observation", "desired_goal")]
-        return np.concatenate(parts, axis=-1)
+        return np.concatenate([observation[key] for key in GOAL_KEYS], axis=-1)
     return np.asarray(observation)
 
 
-def d4rl_reward(task: str, observation: np.ndarray, reward: float) -> float:
-    """D4RL's reward from that of gymnasium-robotics 1.4.2 and the observation (..., S) after the step.
-
-    Since 1.2.1 its door, hammer and relocate add 0.1 |hand - object| where D4RL subtracts it: taking it off twice
-    puts that right. Both positions, or their difference, stand in the observation.
-    """
+def d4rl_rules(task: str, observation: np.ndarray, reward, terminated) -> tuple:
+    """Reward and termination by D4RL's rules, from those of gymnasium-robotics 1.4.2 and the observation (..., S) after
+    the step. Since 1.2.1 its door, hammer and relocate add 0.1 |hand - object| where D4RL subtracts it: taking it off
+    twice puts that right. D4RL's pen ends when it has fallen below 0.075 m; today's never does."""
     if task == "AdroitHandDoor":
-        return reward - 0.2 * np.linalg.norm(observation[..., 35:38], axis=-1)  # palm - handle
-    if task == "AdroitHandHammer":
-        return reward - 0.2 * np.linalg.norm(observation[..., 33:36] - observation[..., 36:39], axis=-1)
-    if task == "AdroitHandRelocate":
-        return reward - 0.2 * np.linalg.norm(observation[..., 30:33], axis=-1)  # palm - ball
-    return reward
-
-
-def d4rl_terminated(task: str, observation: np.ndarray, terminated: bool) -> bool:
-    """D4RL's termination: its pen ends when the pen has fallen below 0.075 m; gymnasium-robotics' never does."""
-    if task == "AdroitHandPen":
-        return terminated | (observation[..., 26] < 0.075)  # height of the pen
-    return terminated
+        reward = reward - 0.2 * np.linalg.norm(observation[..., 35:38], axis=-1)  # palm - handle
+    elif task == "AdroitHandHammer":
+        reward = reward - 0.2 * np.linalg.norm(observation[..., 33:36] - observation[..., 36:39], axis=-1)
+    elif task == "AdroitHandRelocate":
+        reward = reward - 0.2 * np.linalg.norm(observation[..., 30:33], axis=-1)  # palm - ball
+    elif task == "AdroitHandPen":
+        terminated = terminated | (observation[..., 26] < 0.075)  # height of the pen
+    return reward, terminated
 
 
 class D4RLRules(gym.Wrapper):
@@ -281,12 +259,12 @@ class D4RLRules(gym.Wrapper):
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
         observation = flatten_observation(observation)
-        reward = float(d4rl_reward(self.task, observation, reward))
-        return observation, reward, bool(d4rl_terminated(self.task, observation, terminated)), truncated, info
+        reward, terminated = d4rl_rules(self.task, observation, reward, terminated)
+        return observation, float(reward), bool(terminated), truncated, info
 
 
 def make_env(env_id: str, env_kwargs: dict | None = None, render_mode: str | None = None) -> gym.Env:
-    """The environment `env_id` under D4RL's rules, with flat observations and checked spaces.
+    """The environment `env_id` under D4RL's rules, with flat observations.
 
     Exits with a line if it is unknown, or if observations or actions are not a flat Box, that of actions bounded.
     """
@@ -303,18 +281,13 @@ def make_env(env_id: str, env_kwargs: dict | None = None, render_mode: str | Non
     try:
         env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True, **kwargs)
     except Exception as error:  # gymnasium's errors, missing packages, and whatever a task's own code raises
-        die(f"cannot make the environment {env_id}: {first_line(error)}. Name one such as Hopper-v5 or Ant-v4.")
-    actions, observations = env.action_space, env.observation_space
-    if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
-        die(f"{env_id} has actions {actions}: a Decision Transformer with Gaussian actions needs a flat Box of them.")
+        die(f"cannot make the environment {env_id}: {error}. Name one such as Hopper-v5 or Ant-v4.")
+    actions, seen = env.action_space, env.observation_space
+    parts = seen.values() if isinstance(seen, gym.spaces.Dict) and {*seen} == {*GOAL_KEYS} else [seen]
+    if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (*parts, actions)):
+        die(f"{env_id} has actions {actions} and observations {seen}: both must be flat Boxes (goal keys may stay).")
     if not np.all(np.isfinite([actions.low, actions.high])):
         die(f"{env_id} has unbounded actions {actions}: they are scaled between their bounds, so give it finite ones.")
-    goal_keys = {"achieved_goal", "observation", "desired_goal"}
-    if isinstance(observations, gym.spaces.Dict) and set(observations) != goal_keys:
-        die(f"{env_id} has a dictionary of observations {sorted(observations)}: only {sorted(goal_keys)} can be used.")
-    parts = observations.values() if isinstance(observations, gym.spaces.Dict) else [observations]
-    if not all(isinstance(part, gym.spaces.Box) and len(part.shape) == 1 for part in parts):
-        die(f"{env_id} has observations {observations}: a flat Box (a vector) is needed.")
     return D4RLRules(env)
 
 
@@ -406,16 +379,7 @@ class DecisionTransformer(nn.Module):
     Takes raw observations and raw returns: their mean, std and scale are buffers, saved with the weights.
     """
 
-    def __init__(
-        self,
-        obs_dim: int,
-        act_dim: int,
-        embed_dim: int = 512,
-        n_layers: int = 4,
-        n_heads: int = 4,
-        kind: str = "dt",
-        dropout: float = 0.0,
-    ):
+    def __init__(self, obs_dim, act_dim, embed_dim=512, n_layers=4, n_heads=4, kind="dt", dropout=0.0):
         super().__init__()
         self.kind, self.act_dim, self.dropout = kind, act_dim, dropout
         self.sizes = dict(obs_dim=obs_dim, act_dim=act_dim, embed_dim=embed_dim, n_layers=n_layers, n_heads=n_heads)
@@ -454,12 +418,11 @@ class DecisionTransformer(nn.Module):
         itself = torch.eye(n_tokens, dtype=torch.bool, device=device)  # [6] else a padded row sees nothing: NaN
         return (causal & visible) | itself
 
-    def forward(
-        self, observations: torch.Tensor, returns: torch.Tensor, actions: torch.Tensor, real: torch.Tensor | None = None
-    ) -> tuple[SquashedGaussian, torch.Tensor | None]:
+    def forward(self, observations, returns, actions, real=None) -> tuple[SquashedGaussian, torch.Tensor | None]:
         """Distribution of each step's action, (B, K, A), and the returns (B, K) that reinformer predicts (dt: None).
 
         observations (B, K, S) and returns (B, K): raw. actions (B, K - 1, A) in [-1, 1]: those before the last step.
+        real (B, K): False where a step is left padding [None: nowhere].
         """
         context, drop = returns.shape[1], self.dropout if self.training else 0.0
         # [7] No positional or time-step embedding: order is known through the causal mask alone (Appendix B.1).
@@ -485,11 +448,9 @@ class DecisionTransformer(nn.Module):
         log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (spread + 1.0)
         return SquashedGaussian(self.mean_head(action_tokens), log_std), predicted_returns
 
-    def act(
-        self, observations: torch.Tensor, returns: torch.Tensor, actions: torch.Tensor, real: torch.Tensor | None = None
-    ) -> tuple[SquashedGaussian, torch.Tensor]:
+    def act(self, observations, returns, actions, real=None) -> tuple[SquashedGaussian, torch.Tensor]:
         """Distribution of the window's last action, (B, A), and the return-to-go (B,) that it is conditioned on:
-        the given one for dt; reinformer first predicts it, then acts on it."""
+        the given one for dt; reinformer first predicts it, then acts on it. Takes what `forward` takes."""
         if self.kind == "reinformer":
             _, predicted = self(observations, returns, actions, real)
             returns = torch.cat([returns[:, :-1], predicted[:, -1:]], dim=1)
@@ -527,7 +488,7 @@ def read_hdf5(path: Path) -> RawData:
                 die(f"{path} lacks {', '.join(missing)}: D4RL's layout has the arrays {', '.join(names)}.")
             return RawData(*(np.asarray(file[name]) for name in names))
     except OSError as error:
-        die(f"cannot read {path}: {first_line(error)}. The file is damaged or no HDF5: copy it again.")
+        die(f"cannot read {path}: {error}. The file is damaged or no HDF5: copy it again.")
 
 
 def open_minari(dataset_id: str):
@@ -546,7 +507,7 @@ def open_minari(dataset_id: str):
         print(f"downloading {dataset_id}, {size} MB, to {get_dataset_path(dataset_id)}", flush=True)
         return minari.load_dataset(dataset_id, download=True)
     except Exception as error:  # Minari raises ValueError, FileNotFoundError, bare connection errors and more
-        die(f"cannot get the Minari dataset {dataset_id}: {first_line(error)}. Check the id and the network.")
+        die(f"cannot get the Minari dataset {dataset_id}: {error}. Check the id and the network.")
 
 
 def maze_kwargs(args: Args) -> dict:
@@ -741,64 +702,64 @@ class WindowSampler:
 
 
 class History:
-    """The last K steps of B rollouts side by side, left-padded: the windows that the policy sees."""
+    """What B rollouts side by side have seen, step by step, after K - 1 steps of padding: a window is the last K."""
 
     def __init__(self, batch: int, context: int, obs_dim: int, act_dim: int):
-        self.observations = np.zeros((batch, context, obs_dim), np.float32)
-        self.returns = np.zeros((batch, context), np.float32)
-        self.actions = np.zeros((batch, context, act_dim), np.float32)
-        self.real = np.zeros((batch, context), bool)
+        padding = context - 1
+        self.context = context
+        self.observations = [np.zeros((batch, obs_dim), np.float32)] * padding
+        self.returns = [np.zeros(batch, np.float32)] * padding  # returns-to-go, raw
+        self.actions = [np.zeros((batch, act_dim), np.float32)] * padding  # in [-1, 1]
+        self.real = [np.zeros(batch, bool)] * padding  # False: padding, or over
 
-    def push(self, rows: np.ndarray, observations: np.ndarray, returns: np.ndarray) -> None:
-        """A new step for `rows` (b,), whose action is still to come: observations (b, S), returns-to-go (b,)."""
-        for array in (self.observations, self.returns, self.actions, self.real):
-            array[rows, :-1] = array[rows, 1:]
-        self.observations[rows, -1], self.returns[rows, -1] = observations, returns
-        self.actions[rows, -1], self.real[rows, -1] = 0.0, True
-
-    def windows(self, rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """What DecisionTransformer.act takes."""
-        arrays = (self.observations[rows], self.returns[rows], self.actions[rows, :-1], self.real[rows])
-        return tuple(torch.from_numpy(array).to(device) for array in arrays)
+    def act(self, policy, rows: np.ndarray, observations: np.ndarray, returns: np.ndarray) -> SquashedGaussian:
+        """One step more, of which `rows` (b,) see their part of observations (B, S) and returns (B,): the distributions
+        (b, A) of their actions. The actions taken are to be written into `actions[-1]`."""
+        self.observations.append(observations.astype(np.float32))
+        self.returns.append(returns.astype(np.float32))
+        self.actions.append(np.zeros((len(returns), policy.act_dim), np.float32))
+        self.real.append(np.isin(np.arange(len(returns)), rows))
+        # [16] few batch sizes, for oneDNN builds a kernel for each: multiples of 32, by repeated rows
+        padded = np.resize(rows, min(len(rows) + -len(rows) % 32, len(returns)))
+        steps = (self.observations, self.returns, self.actions, self.real)
+        windows = [np.stack(each[-self.context :], axis=1)[padded] for each in steps]  # (b, K, ...) each
+        windows[2] = windows[2][:, :-1]  # the last action is yet to be chosen
+        dist, used = policy.act(*(torch.from_numpy(each).to(policy.obs_mean.device) for each in windows))
+        self.returns[-1][rows] = used[: len(rows)].cpu().numpy()  # reinformer: the predicted one stays in the window
+        return SquashedGaussian(dist.mean[: len(rows)], dist.log_std[: len(rows)])
 
 
 def rollout_copy(model: DecisionTransformer) -> DecisionTransformer:
     """A copy to act with: no dropout, no gradients, and the block weights already in the precision of the products."""
-    copy = DecisionTransformer(**model.sizes).to(model.obs_mean.device).eval().requires_grad_(False)
-    copy.load_state_dict(model.state_dict())
-    for layer, original in zip(copy.modules(), model.modules(), strict=True):
+    policy = copy.deepcopy(model).eval().requires_grad_(False)
+    for layer in policy.modules():
         if isinstance(layer, Linear):
-            layer.compute_dtype = original.compute_dtype
             layer.to(layer.compute_dtype)
-    return copy
+    return policy
 
 
 @torch.no_grad()
 def evaluate(
     model: DecisionTransformer, envs: list[gym.Env], g_start: float, context: int, seeds: list[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """One episode in each of `envs`, side by side, with the deterministic action: returns and lengths, (B,) each.
-
-    g_start: initial return-to-go, raw. It falls by each reward and is never clamped. context: c_online.
-    """
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One episode in each of `envs`, side by side, with the deterministic action, from return-to-go g_start (raw):
+    returns, lengths and last x-positions [meters; NaN where the environment reports none], (B,) each."""
     policy, count = rollout_copy(model), len(envs)
-    device = policy.obs_mean.device
-    observations = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]).astype(np.float32)
-    history = History(count, context, observations.shape[1], policy.act_dim)
-    returns, lengths, alive = np.zeros(count), np.zeros(count, int), np.arange(count)
+    observations = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])  # (B, S)
+    history, alive = History(count, context, observations.shape[1], policy.act_dim), np.arange(count)
+    returns, lengths, distances = np.zeros(count), np.zeros(count, int), np.full(count, np.nan)
     while len(alive):
-        history.push(alive, observations[alive], g_start - returns[alive])  # [10] g_{h+1} = g_h - r_h, not clamped
-        dist, g = policy.act(*history.windows(alive, device))
-        history.returns[alive, -1] = g.cpu().numpy()  # reinformer: the predicted one stays in the window
-        history.actions[alive, -1] = dist.mode().cpu().numpy()
-        ended = []
+        dist = history.act(policy, alive, observations, g_start - returns)  # [10] g_{h+1} = g_h - r_h, not clamped
+        history.actions[-1][alive] = dist.mode().cpu().numpy()
+        going = []
         for i in alive:
-            action = scale_action(history.actions[i, -1], envs[i])
-            observations[i], reward, terminated, truncated, _ = envs[i].step(action)
+            action = scale_action(history.actions[-1][i], envs[i])
+            observations[i], reward, terminated, truncated, info = envs[i].step(action)
             returns[i], lengths[i] = returns[i] + reward, lengths[i] + 1
-            ended.append(terminated or truncated)
-        alive = alive[~np.array(ended)]
-    return returns, lengths
+            distances[i] = info.get("x_position", np.nan)
+            going.append(not (terminated or truncated))
+        alive = alive[going]
+    return returns, lengths, distances
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -916,21 +877,15 @@ class Learner:
 # 8. The run
 # ---------------------------------------------------------------------------------------------------------------------
 
+EVALUATION = ("eval/return_mean", "eval/return_std", "eval/length_mean", "eval/distance_mean", "eval/normalized_score")
 LOSSES = ("nll", "entropy", "kappa", "action_mse", "return", "grad_norm")
 METRICS = ["iteration", "charts/learning_rate", *(f"losses/{name}" for name in LOSSES)]
-METRICS += ["eval/return_mean", "eval/return_std", "eval/length_mean", "eval/normalized_score"]
-METRICS += ["time/iteration", "time/eval"]
+METRICS += [*EVALUATION, "time/iteration", "time/eval"]
 
 
 def die(message: str) -> NoReturn:
     """End with one line on stderr and exit code 1."""
     raise SystemExit("error: " + re.sub(r"\s*\n\s*", " ", message))
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, without its full stop."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
 def stream(seed: int, iteration: int, purpose: str) -> int:
@@ -939,45 +894,40 @@ def stream(seed: int, iteration: int, purpose: str) -> int:
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))  # 63 bits: what torch takes
 
 
-def save_checkpoint(path: Path, content: dict) -> None:
-    """Written beside `path`, then renamed: whenever the process dies, `path` is a whole checkpoint, old or new."""
-    temporary, buffer = path.with_suffix(".tmp"), io.BytesIO()
-    torch.save(content, buffer)
+def write_file(path: Path, content: bytes) -> None:
+    """Written beside `path`, then renamed: whenever the process dies, `path` is whole, the old one or the new."""
+    temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(content)
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        kept = "the one before it is kept" if path.exists() else "make room and start again"
-        die(f"cannot write the checkpoint {path}: {error.strerror}; {kept}.")
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk leaves no half of it
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Plain types and tensors, so that torch.load(weights_only=True) reads them."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(path, buffer.getvalue())
 
 
 def load_checkpoint(path: Path) -> dict:
-    """A checkpoint of any script here, on the CPU. Exits with a line if it is missing or damaged."""
+    """A checkpoint of any script here, on the CPU. Exits with a line if it is missing, damaged or foreign."""
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.is_file():
         die(f"checkpoint {path} not found: give the folder of a run, or the checkpoint.pt in it.")
-    keys = ("script", "iteration", "sizes", "weights", "args", "env_id", "env_kwargs", "g_eval", "c_online")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        missing = [key for key in keys if key not in content]
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError and more
-        die(f"cannot read the checkpoint {path}: {first_line(error)}. It is damaged: take another.")
-    if missing:
-        die(f"{path} is no checkpoint of these scripts: it lacks {', '.join(missing)}.")
+        assert {"script", "iteration", "sizes", "weights", "args", "env_id", "env_kwargs", "g_eval"} <= set(content)
+    except Exception:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError and more
+        die(f"{path} is damaged, or no checkpoint of these scripts: take another.")
     return content
 
 
 def load_model(content: dict, dropout: float = 0.0) -> DecisionTransformer:
     """The network of a checkpoint, with the statistics of its observations and the scale of its returns."""
-    try:
-        model = DecisionTransformer(**content["sizes"], dropout=dropout)
-        model.load_state_dict(content["weights"])
-    except (TypeError, RuntimeError) as error:
-        die(f"the checkpoint's weights do not fit its sizes {content['sizes']}: {first_line(error)}. Take another.")
+    model = DecisionTransformer(**content["sizes"], dropout=dropout)
+    model.load_state_dict(content["weights"])
     return model
 
 
@@ -997,28 +947,23 @@ def set_up_torch(args) -> tuple[torch.device, torch.dtype]:
 
 def parse_args(arguments: list[str] | None = None) -> Args:
     """The command line. With --resume or --eval-only, the checkpoint's arguments are the defaults."""
-    try:
-        args = tyro.cli(Args, args=arguments)
-        if args.resume is None and args.eval_only is None:
-            return args
-        if args.resume and args.eval_only:
-            die("--resume goes on with a run, --eval-only only evaluates: give one of them.")
-        path = Path(args.resume or args.eval_only)
-        content, known = load_checkpoint(path), {field.name for field in dataclasses.fields(Args)}
-        if args.resume and content["script"] != Path(__file__).stem:
-            die(f"{path} is a run of {content['script']}.py: resume it with that script.")
-        saved = Args(**{name: value for name, value in content["args"].items() if name in known})
-        if args.eval_only:
-            saved.g_eval, saved.c_online, saved.capture_video = content["g_eval"], content["c_online"], False
-            saved.device, saved.resume = "auto", None
-        args = tyro.cli(Args, args=arguments, default=saved)
-    except SystemExit as stop:  # tyro's own messages stay; its exit code for bad usage, 2, becomes ours
-        raise SystemExit(1 if stop.code == 2 else stop.code) from None
-    fixed = ["env_id"] if args.eval_only else sorted(known - {"updates", "iterations", "device", "track", "resume"})
-    for name in fixed:
-        old, new = getattr(saved, name), getattr(args, name)
+    args = tyro.cli(Args, args=arguments)
+    if args.resume and args.eval_only:
+        die("--resume goes on with a run, --eval-only only evaluates: give one of them.")
+    path = args.resume or args.eval_only
+    if path is None:
+        return args
+    content, known = load_checkpoint(Path(path)), {field.name for field in dataclasses.fields(Args)}
+    if args.resume and content["script"] != Path(__file__).stem:
+        die(f"{path} is a run of {content['script']}.py: resume it with that script.")
+    saved = Args(**{name: value for name, value in content["args"].items() if name in known})
+    if args.eval_only:
+        saved = dataclasses.replace(saved, g_eval=content["g_eval"], device="auto", capture_video=False)
+    args = tyro.cli(Args, args=arguments, default=saved)
+    fixed = {"env_id"} if args.eval_only else known - {"updates", "iterations", "device", "track", "resume"}
+    for name in sorted(fixed):
+        old, new, flag = getattr(saved, name), getattr(args, name), "--" + name.replace("_", "-")
         if old != new:
-            flag = "--" + name.replace("_", "-")
             die(f"{path} was made with {flag} {old}, not {new}: leave {flag} out, or start a run of its own.")
     return args
 
@@ -1029,36 +974,32 @@ class RunLog:
     def __init__(self, run_dir: Path, columns: list[str], args, saved: dict | None = None):
         """saved: the checkpoint that a resumed run goes on from; what was written after it is cut off."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        path, self.columns = run_dir / "metrics.csv", columns
+        path = run_dir / "metrics.csv"
         lines = path.read_text().splitlines(keepends=True)[: 1 + saved["rows"]] if saved else [",".join(columns) + "\n"]
-        self.rows = len(lines) - 1
-        path.with_suffix(".tmp").write_text("".join(lines))
-        os.replace(path.with_suffix(".tmp"), path)
+        write_file(path, "".join(lines).encode())
         packages = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "minari")
         versions = {name: importlib.metadata.version(name) for name in packages}
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-        content = {"args": vars(args), "versions": versions, "commit": commit}
-        (run_dir / "args.tmp").write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(run_dir / "args.tmp", run_dir / "args.json")  # renamed, so that a full disk leaves no half of it
+        content = json.dumps({"args": vars(args), "versions": versions, "commit": commit}, indent=2)
+        write_file(run_dir / "args.json", content.encode())
         if args.track:
             import wandb
 
             wandb.init(project="online-dt-rl", name=run_dir.name, config=vars(args), sync_tensorboard=True)
         from torch.utils.tensorboard import SummaryWriter
 
-        self.file = open(path, "a", newline="")
+        self.rows, self.file = len(lines) - 1, open(path, "a", newline="")
+        self.table = csv.DictWriter(self.file, columns, lineterminator="\n")
         self.writer = SummaryWriter(str(run_dir), purge_step=0)
         for row in csv.DictReader(lines):  # what is kept, anew: events of a killed process may be lost
-            for name in columns[1:]:
-                if row[name]:
-                    self.writer.add_scalar(name, float(row[name]), int(row["iteration"]))
+            for name in (name for name in columns[1:] if row[name]):
+                self.writer.add_scalar(name, float(row[name]), int(row["iteration"]))
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """A row; names that are not in `values`, and values that are NaN, stay empty."""
         values = {name: value for name, value in values.items() if not math.isnan(value)}
-        assert set(values) <= set(self.columns), f"not in METRICS: {set(values) - set(self.columns)}"
-        csv.writer(self.file, lineterminator="\n").writerow([iteration, *(values.get(c, "") for c in self.columns[1:])])
+        self.table.writerow({"iteration": iteration} | values)
         self.file.flush()
         self.rows += 1
         for name, value in values.items():
@@ -1072,9 +1013,8 @@ class RunLog:
 
 def choose_run_dir(args) -> Path:
     """The folder of this run, yet to be made. Exits with a line rather than mix two runs in one folder."""
-    script = Path(__file__).stem
-    name = f"{args.env_id}__{script}__{args.dataset_kind}__{args.seed}__{int(time.time())}".replace("/", "_")
-    run_dir = Path(args.resume or args.run_dir or f"runs/{name}")
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.dataset_kind}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '_')}")
     if not args.resume and (run_dir / "checkpoint.pt").exists():
         die(f"{run_dir} holds a run already: go on with --resume {run_dir}, or choose another --run-dir.")
     return run_dir
@@ -1082,33 +1022,28 @@ def choose_run_dir(args) -> Path:
 
 def make_eval_envs(args, env_kwargs: dict, video_dir: Path) -> list[gym.Env]:
     """One environment per evaluation episode; the first one films itself if --capture-video."""
-    envs = [make_env(args.env_id, env_kwargs) for _ in range(args.eval_episodes - args.capture_video)]
+    modes = ["rgb_array" if args.capture_video else None, *[None] * (args.eval_episodes - 1)]
+    envs = [make_env(args.env_id, env_kwargs, mode) for mode in modes]
     if args.capture_video:
         try:
-            film = make_env(args.env_id, env_kwargs, render_mode="rgb_array")
-            film.reset()
-            film.render()
-            envs.insert(0, gym.wrappers.RecordVideo(film, str(video_dir), episode_trigger=lambda episode: True))
+            envs[0].reset()
+            envs[0].render()
+            envs[0] = gym.wrappers.RecordVideo(envs[0], str(video_dir), episode_trigger=lambda episode: True)
         except Exception as error:  # moviepy missing, no GL library, no display: each raises its own
-            die(f"cannot film {args.env_id}: {first_line(error)}. It needs moviepy and a GL library (MUJOCO_GL=egl).")
+            die(f"cannot film {args.env_id}: {error}. It needs moviepy and a GL library (MUJOCO_GL=egl).")
     return envs
 
 
 def run_evaluation(args, model: DecisionTransformer, envs: list[gym.Env], iteration: int) -> dict[str, float]:
     """Evaluate, print the outcome and return the eval/ columns of metrics.csv. The same (seed, iteration) plays the
     same episodes, so a saved model scores what it scored in memory."""
-    start, seeds = time.time(), [stream(args.seed, iteration, f"evaluation {i}") for i in range(len(envs))]
-    returns, lengths = evaluate(model, envs, args.g_eval, args.c_online, seeds)
-    mean, std, length, score = (
-        returns.mean(),
-        returns.std(),
-        lengths.mean(),
-        normalized_score(args.env_id, returns.mean()),
-    )
-    outcome = f"return {mean:,.1f} ± {std:,.1f}, length {length:,.0f} ({len(envs)} episodes, g = {args.g_eval:,.0f})"
-    print(f"evaluation: {outcome}" + ("" if math.isnan(score) else f", score {score:.1f}"), flush=True)
-    names = ("eval/return_mean", "eval/return_std", "eval/length_mean", "eval/normalized_score", "time/eval")
-    return dict(zip(names, map(float, (mean, std, length, score, time.time() - start)), strict=True))
+    begun, seeds = time.time(), [stream(args.seed, iteration, f"evaluation {i}") for i in range(len(envs))]
+    returns, lengths, distances = evaluate(model, envs, args.g_eval, args.c_online, seeds)
+    values = (returns.mean(), returns.std(), lengths.mean(), distances.mean())
+    row = dict(zip(EVALUATION, map(float, (*values, normalized_score(args.env_id, values[0])))))
+    shown = [f"{name.removeprefix('eval/')} {value:,.1f}" for name, value in row.items() if not math.isnan(value)]
+    print(f"evaluation: {', '.join(shown)} ({len(envs)} episodes, g = {args.g_eval:,.0f})", flush=True)
+    return row | {"time/eval": time.time() - begun}
 
 
 def eval_only(args) -> None:
@@ -1129,26 +1064,23 @@ MAY_BE_NEGATIVE = ("g_eval", "g_online")
 def check_args(args) -> None:
     """Exits with a line on values that cannot work, before anything is written."""
     for name, value in vars(args).items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        if not math.isfinite(value):
-            die(f"--{name.replace('_', '-')} is {value}: give a finite number.")
-        if name in MAY_BE_NEGATIVE:
-            continue
-        if not (value > 0 or (value == 0 and name in MAY_BE_ZERO)):
-            die(f"--{name.replace('_', '-')} is {value}: give one above 0.")
-    for name in ("dropout", "expectile"):
-        if getattr(args, name, 0.0) >= 1.0:
-            die(f"--{name} is {getattr(args, name)}: give a number below 1.")
-    if args.embed_dim % args.n_heads:
-        die(f"--embed-dim {args.embed_dim} is not a multiple of --n-heads {args.n_heads}: change one of them.")
-    for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
-        if getattr(args, flag) and importlib.util.find_spec(package) is None:
-            die(f"--{flag.replace('_', '-')} needs {package}: pip install {package}.")
+        flag = "--" + name.replace("_", "-")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and not math.isfinite(value):
+            die(f"{flag} is {value}: give a finite number.")
+        if number and not (value > 0 or name in MAY_BE_NEGATIVE or (value == 0 and name in MAY_BE_ZERO)):
+            die(f"{flag} is {value}: give one above 0.")
+        if name in ("dropout", "expectile") and value >= 1.0:
+            die(f"{flag} is {value}: give a number below 1.")
+        package = {"track": "wandb", "capture_video": "moviepy"}.get(name)
+        if package and value and importlib.util.find_spec(package) is None:
+            die(f"{flag} needs {package}: pip install {package}.")
 
 
 def new_model(args: Args, data: Trajectories) -> DecisionTransformer:
     """The untrained network, with the data's mean and std and the scale of the returns in its buffers."""
+    if args.embed_dim % args.n_heads:
+        die(f"--embed-dim {args.embed_dim} is not a multiple of --n-heads {args.n_heads}: change one of them.")
     torch.manual_seed(stream(args.seed, 0, "weights"))
     dims = data.observations.shape[1], data.actions.shape[1]
     model = DecisionTransformer(*dims, args.embed_dim, args.n_layers, args.n_heads, args.model, args.dropout)
@@ -1244,6 +1176,8 @@ if __name__ == "__main__":
     try:
         arguments = parse_args()
         eval_only(arguments) if arguments.eval_only else main(arguments)
+    except SystemExit as stop:  # tyro's code for bad usage is 2
+        raise SystemExit(1 if stop.code == 2 else stop.code) from None
     except KeyboardInterrupt:
         raise SystemExit("stopped: a run goes on from its last checkpoint with --resume RUN_DIR") from None
     except OSError as error:

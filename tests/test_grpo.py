@@ -24,18 +24,15 @@ from grpo_dt_continuous import (
     ROWS,
     Args,
     DecisionTransformer,
+    Groups,
     GRPOLearner,
-    SquashedGaussian,
     SubTrajectories,
     Trajectory,
     action_variance,
-    append,
     choose_points,
     collect,
-    context_of,
     distribution,
     fill_from_table_6,
-    gaussian_kl,
     group_advantages,
     grpo_loss,
     importance_ratio,
@@ -43,13 +40,13 @@ from grpo_dt_continuous import (
     main,
     make_env,
     make_pool,
-    old_log_prob,
     parse_args,
     rollout_copy,
     rollout_groups,
     scale_action,
     squash,
     stream,
+    windows,
 )
 
 SIZES = dict(embed_dim=16, n_layers=2, n_heads=2)
@@ -71,7 +68,7 @@ def toy_args(**changes):
     toy |= dict(l_eval=8, gamma=0.9, delta_r=0.0, g_online=3.0, c_online=1, n_batch=8, epsilon=0.2, lr=1e-2)
     toy |= dict(kappa_initial=0.1, n_trajectories=1, eval_episodes=1, device="cpu", threads=1)
     toy |= dict(reference_every=3)  # the 8 updates of an iteration end between two references
-    return Args(**(toy | SIZES | changes))
+    return Args(**(toy | dict(embed_dim=16) | changes))
 
 
 def refused(match):
@@ -255,21 +252,25 @@ def test_the_log_ratio_is_kept_within_20_after_the_sum():
     torch.testing.assert_close(ratio.log(), torch.tensor([[20.0], [-20.0], [1.0]]))
 
 
+@torch.no_grad()
 def draw_sub(model, rows=6, steps=3, context=2, seed=0):
-    """Random sub-trajectories of which some end early, with `model` as the policy that acted."""
+    """Random sub-trajectories of which some end early and some begin at the start of an episode, with `model` as the
+    policy that acted."""
     torch.manual_seed(seed)
-    window = torch.ones(rows, steps, context, dtype=torch.bool)
-    window[::2, 0, : context - 1] = False
-    real = torch.arange(steps) < torch.tensor([steps, 2, 1] * rows)[:rows, None]
-    obs_dim, act_dim = model.sizes["obs_dim"], model.act_dim
-    returns = 3 * torch.randn(rows, steps, context)
-    observations = torch.randn(rows, steps, context, obs_dim)
-    actions, u = torch.rand(rows, steps, context - 1, act_dim) * 1.9 - 0.95, torch.randn(rows, steps, act_dim)
-    advantage = torch.linspace(-2, 2, rows)
-    sub = SubTrajectories(observations, returns, actions, window, u, real, returns, torch.zeros(rows, steps), advantage)
-    with torch.no_grad():
-        sub = sub._replace(u=distribution(model, sub, returns).sample(u))
-    return sub._replace(old_log_prob=old_log_prob(model, sub, 4))
+    obs_dim, act_dim, width = model.sizes["obs_dim"], model.act_dim, context - 1 + steps
+    real = torch.arange(width) < context - 1 + torch.tensor([steps, 2, 1] * rows)[:rows, None]
+    real[::2, : context - 1] = False
+    returns = 3 * torch.randn(rows, width)
+    observations, actions = torch.randn(rows, width, obs_dim), torch.rand(rows, width, act_dim) * 1.9 - 0.95
+    u, advantage = torch.randn(rows, steps, act_dim), torch.linspace(-2, 2, rows)
+    sub = SubTrajectories(observations, returns, actions, real, u, returns, torch.zeros(rows, steps), advantage)
+    sub = sub._replace(u=distribution(model, sub, returns).sample(u))
+    return sub._replace(old_log_prob=distribution(model, sub, returns).log_prob(sub.u))
+
+
+def sampled(sub):
+    """Which of the sampled steps were lived: (B, L)."""
+    return sub.real[:, -sub.u.shape[1] :]
 
 
 @pytest.mark.parametrize("ratio, advantage, moves", [(1.3, 1, 0), (0.7, -1, 0), (0.7, 1, 1), (1.3, -1, 1), (1.1, 1, 1)])
@@ -277,7 +278,7 @@ def draw_sub(model, rows=6, steps=3, context=2, seed=0):
 def test_there_is_no_gradient_where_the_clipped_branch_is_the_smaller(ratio, advantage, moves, flag):
     model, args = draw_model(4, 2), toy_args(beta=0.0, epsilon=0.2, **({flag: True} if flag else {}))
     sub = draw_sub(model, rows=1)
-    shift = math.log(ratio) / (1 if flag else sub.real.sum().item())
+    shift = math.log(ratio) / (1 if flag else sampled(sub).sum().item())
     sub = sub._replace(old_log_prob=sub.old_log_prob - shift, advantage=torch.tensor([float(advantage)]))
     loss, values = grpo_loss(model, model, sub, torch.tensor(0.0), args)
     assert values["ratio_mean"].item() == pytest.approx(ratio, abs=1e-5)
@@ -290,13 +291,13 @@ def test_there_is_no_gradient_where_the_clipped_branch_is_the_smaller(ratio, adv
 
 
 def laws(model, sub, returns):
-    """Normal laws before tanh of each row and step, one window at a time without its padding."""
+    """Normal laws before tanh of each row and lived step, one window at a time without its padding."""
     rows, steps, _ = sub.u.shape
-    found = {}
+    context, found = sub.real.shape[1] - steps + 1, {}
     for i in range(rows):
-        for h in range(steps):
-            first = int((~sub.window[i, h]).sum())
-            window = (sub.observations[i, h, first:], returns[i, h, first:], sub.actions[i, h, first:])
+        for h in (h for h in range(steps) if sampled(sub)[i, h]):
+            seen = [j for j in range(h, h + context) if sub.real[i, j]]
+            window = (sub.observations[i, seen], returns[i, seen], sub.actions[i, seen[:-1]])
             dist, _ = model(*(part[None] for part in window))
             found[i, h] = Normal(dist.mean[0, -1].double(), dist.log_std[0, -1].double().exp())
     return found
@@ -310,7 +311,7 @@ def test_loss_equals_equation_3_written_out(kind, flag):
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     args, kappa = toy_args(beta=0.3, epsilon=0.1, **({flag: True} if flag else {})), 0.7
-    sub = draw_sub(old)
+    sub = draw_sub(old, rows=18)
     if flag == "hindsight":
         sub = sub._replace(new_returns=sub.returns + torch.randn_like(sub.returns) * 0.1)
     torch.manual_seed(5)
@@ -321,7 +322,7 @@ def test_loss_equals_equation_3_written_out(kind, flag):
     )
     surrogates, kls, entropies, ratios = [], [], [], []
     for i in range(len(sub.u)):
-        steps, advantage = [h for h in range(sub.u.shape[1]) if sub.real[i, h]], sub.advantage[i].item()
+        steps, advantage = [h for h in range(sub.u.shape[1]) if sampled(sub)[i, h]], sub.advantage[i].item()
         log_ratios = []
         for h in steps:
             log_probs = [law[i, h].log_prob(sub.u[i, h].double()).sum().item() for law in (new, before)]
@@ -355,7 +356,8 @@ def test_steps_after_the_end_do_not_touch_the_loss():
     garbage = {"u": 5.0, "observations": 3.0, "returns": -9.0, "new_returns": -9.0, "old_log_prob": 4.0}
     other = sub._replace(**{name: getattr(sub, name).clone() for name in garbage})
     for name, value in garbage.items():
-        getattr(other, name)[~sub.real] = value
+        field = getattr(other, name)
+        field[~(sampled(sub) if field.shape[1] == sub.u.shape[1] else sub.real)] = value
     for flags in ({}, {"token_ratio": True}, {"geometric_mean": True}):
         losses, args = [], toy_args(beta=0.3, **flags)
         for each in (sub, other):
@@ -364,36 +366,27 @@ def test_steps_after_the_end_do_not_touch_the_loss():
         assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_kl_of_gaussians_is_that_of_torch():
-    torch.manual_seed(0)
-    p, q = (SquashedGaussian(torch.randn(5, 3, 4), torch.randn(5, 3, 4)) for _ in range(2))
-    ours, theirs = (Normal(each.mean, each.log_std.exp()) for each in (p, q))
-    torch.testing.assert_close(gaussian_kl(p, q), kl_divergence(ours, theirs).sum(-1), rtol=1e-4, atol=1e-5)
-    assert gaussian_kl(p, p).abs().max() < 1e-6
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Reset points
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def numbered(index, length, obs_dim=2, act_dim=2):
+def numbered(index, length, context=1):
     """A trajectory whose entries tell where they stand."""
-    steps = 100.0 * index + np.arange(length)
-    observations = np.stack([steps] * obs_dim, 1).astype(np.float32)
-    actions = np.stack([steps / 1e4] * act_dim, 1).astype(np.float32)
+    steps = np.concatenate([np.zeros(context - 1), 100.0 * index + np.arange(length)])
+    observations, actions = np.stack([steps] * 2, 1).astype(np.float32), np.stack([steps / 1e4] * 2, 1)
     snapshots = np.stack([np.full(length, index), np.arange(length)], 1).astype(float)
-    return Trajectory(observations, (1000 - steps).astype(np.float32), actions, np.ones(length), snapshots)
+    real = np.arange(context - 1 + length) >= context - 1
+    returns = np.where(real, 1000 - steps, 0).astype(np.float32)
+    return Trajectory(observations, returns, actions.astype(np.float32), real, np.ones(length), snapshots)
 
 
 def drawn(monkeypatch, replay, variance, **flags):
     """(trajectory, step) of the points, when the policy's variance is `variance(trajectory)`."""
     monkeypatch.setattr(grpo, "action_variance", lambda policy, trajectory, context: variance(trajectory))
     points = choose_points(types.SimpleNamespace(act_dim=2), replay, toy_args(**flags), 1)
-    assert np.array_equal(points.snapshots[:, 1], points.steps)
-    assert np.array_equal(points.observations[:, 0], 100 * points.snapshots[:, 0] + points.steps)
-    assert np.array_equal(points.returns, 1000 - points.observations[:, 0])
-    return points.snapshots.astype(int)
+    assert all(trajectory.snapshots[h, 1] == h for trajectory, h in points)
+    return np.array([trajectory.snapshots[h] for trajectory, h in points]).astype(int)
 
 
 def assert_frequencies(counts, probabilities):
@@ -454,24 +447,18 @@ def test_mixed_groups_have_a_point_for_each_member(monkeypatch):
 
 def test_other_iterations_draw_other_points():
     replay, policy = [numbered(0, 50)], types.SimpleNamespace(act_dim=2)
-    first, again, other = (choose_points(policy, replay, toy_args(random_points=True), i).steps for i in (1, 1, 2))
-    assert first.tolist() == again.tolist() != other.tolist()
+    args = toy_args(random_points=True)
+    first, again, other = ([h for _, h in choose_points(policy, replay, args, i)] for i in (1, 1, 2))
+    assert first == again != other
 
 
-def test_windows_at_a_reset_point_hold_the_steps_before_it():
-    history = context_of(numbered(0, 9), np.array([0, 1, 2, 6]), 3)
-    assert history.real.tolist() == [[False] * 3, [False, False, True], [False, True, True], [False, True, True]]
-    history.push(np.arange(4), np.array([[0.0] * 2, [1.0] * 2, [2.0] * 2, [6.0] * 2]), np.array([9.0, 8.0, 7.0, 3.0]))
-    observations, returns, actions, real = history.windows(np.arange(4), torch.device("cpu"))
-    assert real.tolist() == [[False, False, True], [False, True, True], [True] * 3, [True] * 3]
-    assert observations[..., 1].tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 2], [4, 5, 6]]
-    assert returns.tolist() == [[0, 0, 9], [0, 1000, 8], [1000, 999, 7], [996, 995, 3]]
-    np.testing.assert_allclose(actions[..., 0] * 1e4, [[0, 0], [0, 0], [0, 1], [4, 5]], rtol=1e-6)
-
-
-def test_windows_at_context_1_hold_nothing_before_the_point():
-    history = context_of(numbered(0, 9), np.array([0, 5]), 1)
-    assert not history.real.any() and history.observations.shape == (2, 1, 2)
+def test_windows_are_every_run_of_k_steps_in_order():
+    steps = torch.arange(10.0).reshape(2, 5)
+    assert windows(steps, 3).tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [5, 6, 7], [6, 7, 8], [7, 8, 9]]
+    assert windows(steps, 1).tolist() == [[float(i)] for i in range(10)]
+    vectors = torch.stack([steps, -steps], dim=-1)  # (2, 5, 2)
+    assert torch.equal(windows(vectors, 3)[..., 1], -windows(steps, 3))
+    assert windows(vectors, 3).shape == (6, 3, 2)
 
 
 @KINDS
@@ -479,15 +466,16 @@ def test_windows_at_context_1_hold_nothing_before_the_point():
 @torch.no_grad()
 def test_variance_is_the_mean_over_dimensions_before_tanh_of_each_step(kind, context):
     policy, rng = rollout_copy(draw_model(4, 2, kind)), np.random.default_rng(0)
-    trajectory = numbered(0, 300)._replace(
-        observations=rng.normal(size=(300, 4)).astype(np.float32),
-        returns=rng.normal(size=300).astype(np.float32),
-        actions=rng.uniform(-0.9, 0.9, size=(300, 2)).astype(np.float32),
+    length = context - 1 + 300
+    trajectory = numbered(0, 300, context)._replace(
+        observations=rng.normal(size=(length, 4)).astype(np.float32),
+        returns=rng.normal(size=length).astype(np.float32),
+        actions=rng.uniform(-0.9, 0.9, size=(length, 2)).astype(np.float32),
     )
     variance = action_variance(policy, trajectory, context)
     assert variance.shape == (300,)
     for h in (0, 1, 2, 5, 255, 256, 299):
-        seen = slice(max(0, h - context + 1), h + 1)
+        seen = slice(max(context - 1, h), h + context)  # without the padding
         parts = (trajectory.observations[seen], trajectory.returns[seen], trajectory.actions[seen][:-1])
         dist, _ = policy.act(*(torch.from_numpy(part)[None] for part in parts))
         assert variance[h] == pytest.approx((dist.log_std[0].exp() ** 2).mean().item(), rel=1e-4)
@@ -495,15 +483,21 @@ def test_variance_is_the_mean_over_dimensions_before_tanh_of_each_step(kind, con
 
 
 def test_the_buffer_keeps_the_last_ones():
-    sub = draw_sub(draw_model(4, 2), rows=10)
-    sub = sub._replace(advantage=torch.arange(10.0))
-    index = torch.arange(10)
-    buffer = append(None, sub.take(index[:3]), 5)
-    assert buffer.advantage.tolist() == [0, 1, 2]
-    buffer = append(buffer, sub.take(index[3:7]), 5)
-    assert buffer.advantage.tolist() == [2, 3, 4, 5, 6]
-    assert all(torch.equal(ours, theirs[2:7]) for ours, theirs in zip(buffer, sub))
-    assert append(buffer, sub, 4).advantage.tolist() == append(None, sub, 4).advantage.tolist() == [6, 7, 8, 9]
+    model = draw_model(4, 2)
+    sub, args = draw_sub(model, rows=10), toy_args(buffer_size=5, n_batch=2)
+    learner, advantages = GRPOLearner(model, args), np.arange(10.0)
+    for kept, stay in (
+        ([0, 1, 2], [0, 1, 2]),
+        ([], [0, 1, 2]),
+        ([3, 5, 6], [1, 2, 3, 5, 6]),
+        (range(10), range(5, 10)),
+    ):
+        keep = np.isin(np.arange(10), list(kept))
+        learner.remember(Groups(sub._replace(advantage=torch.zeros(10)), None, None, 0, 0.0), advantages, keep)
+        assert learner.buffer.advantage.tolist() == list(stay) and learner.size() == len(stay)
+        for name in ("observations", "returns", "actions", "real", "u", "new_returns"):
+            assert torch.equal(getattr(learner.buffer, name), getattr(sub, name)[list(stay)])
+        torch.testing.assert_close(learner.buffer.old_log_prob, sub.old_log_prob[list(stay)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -518,7 +512,7 @@ def roll(kind="dt", dtype=torch.float32, threads=1, width=16, **flags):
     model = draw_model(*env.observation_space.shape, *env.action_space.shape, kind, embed_dim=width)
     policy = rollout_copy(model.use_precision(dtype))
     envs = [make_env(args.env_id) for _ in range(2)]
-    replay = collect(policy, envs, args.g_online, args.c_online, args.seed, 1)
+    replay = collect(policy, envs, args, 1)
     points = choose_points(policy, replay, args, 1)
     pool = make_pool(env, args.n_sources * args.n_points * args.group_size, threads)
     groups = rollout_groups(policy, pool, points, args, 1)
@@ -532,7 +526,13 @@ def test_full_trajectories_fall_by_each_reward_and_replay_from_their_snapshots(k
     assert len({len(trajectory.rewards) for trajectory in rolled.replay}) == 2  # of different lengths, side by side
     for trajectory in rolled.replay:
         steps, pool = len(trajectory.rewards), make_pool(make_env("Hopper-v5"), 1, 1)
-        assert all(len(field) == steps > 5 for field in trajectory)
+        assert len(trajectory.snapshots) == steps > 5
+        assert trajectory.real.tolist() == [False] * (context - 1) + [True] * steps
+        for field in trajectory[:3]:
+            assert len(field) == context - 1 + steps and not field[: context - 1].any()
+        trajectory = trajectory._replace(
+            **{name: getattr(trajectory, name)[context - 1 :] for name in ("observations", "returns", "actions")}
+        )
         if kind == "dt":
             g = 3.0 - np.concatenate([[0.0], trajectory.rewards.cumsum()[:-1]])
             np.testing.assert_allclose(trajectory.returns, g, atol=1e-4)
@@ -547,27 +547,23 @@ def test_full_trajectories_fall_by_each_reward_and_replay_from_their_snapshots(k
                     np.testing.assert_allclose(observation[0], trajectory.observations[h + 1], atol=1e-5)
 
 
-def source_of(rolled, point):
-    """The trajectory and the step of a reset point, found by its snapshot."""
-    for trajectory in rolled.replay:
-        for h, snapshot in enumerate(trajectory.snapshots):
-            if np.array_equal(snapshot, rolled.points.snapshots[point]):
-                return trajectory, h
-
-
 @torch.no_grad()
 def play_by_hand(rolled, row, point):
     """Sub-trajectory `row` again in gymnasium's own environment, one step at a time: the recorded actions, then the
     mean one. Score, length, and the windows of the sampled steps."""
-    args, sub, (trajectory, first) = rolled.args, rolled.groups.sub, source_of(rolled, point)
+    args, sub, (trajectory, first) = rolled.args, rolled.groups.sub, rolled.points[point]
+    past = args.c_online - 1  # padding before the first step
     env = make_env(args.env_id)
     env.reset(seed=0)
     nq, nv = env.unwrapped.model.nq, env.unwrapped.model.nv
     snapshot = trajectory.snapshots[first]  # time, positions, velocities, ...
     env.unwrapped.set_state(snapshot[1 : 1 + nq], snapshot[1 + nq : 1 + nq + nv])
-    observations, actions = list(trajectory.observations[: first + 1]), list(trajectory.actions[:first])
-    returns, score, windows = list(trajectory.returns[: first + 1]), 0.0, []
-    g = float(trajectory.returns[first])
+    observations, actions = (
+        list(field[past : past + first + 1]) for field in (trajectory.observations, trajectory.actions)
+    )
+    returns, score, windows = list(trajectory.returns[past : past + first + 1]), 0.0, []
+    g = float(returns[-1])
+    actions.pop()
     for k in range(args.l_traj + args.l_eval):
         last = slice(-args.c_online, None)
         seen = actions[1 - args.c_online :] if args.c_online > 1 else []
@@ -598,18 +594,18 @@ def test_scores_windows_and_ends_are_those_of_playing_each_sub_trajectory_alone(
         assert groups.scores[row] == pytest.approx(score, abs=1e-3)
         assert groups.lengths[row] == length
         ended += length < 6
-        assert sub.real[row].tolist() == [k < length for k in range(6)]
+        assert sampled(sub)[row].tolist() == [k < length for k in range(6)]
         for k, (observations, returns, actions) in enumerate(windows):
             real = len(returns)
-            assert sub.window[row, k].tolist() == [False] * (context - real) + [True] * real
-            torch.testing.assert_close(sub.observations[row, k, -real:], observations, atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(sub.returns[row, k, -real:], returns, atol=1e-4, rtol=1e-4)
-            if real > 1:
-                torch.testing.assert_close(sub.actions[row, k, 1 - real :], actions, atol=1e-6, rtol=0)
+            assert sub.real[row, k : k + context].tolist() == [False] * (context - real) + [True] * real
+            seen = slice(k + context - real, k + context)
+            torch.testing.assert_close(sub.observations[row, seen], observations, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(sub.returns[row, seen], returns, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(sub.actions[row, seen][:-1], actions, atol=1e-6, rtol=0)
     assert 0 < ended < len(groups.scores)
     assert groups.env_steps == groups.lengths.sum()
     assert kind != "dt" or sub.returns[sub.real].min() < 0 < sub.returns[sub.real].max()  # g is not clamped
-    assert len({int(each) for each in rolled.points.steps}) > 3
+    assert len({h for _, h in rolled.points}) > 3
 
 
 @CONTEXTS
@@ -617,21 +613,30 @@ def test_members_of_a_group_start_from_the_same_window_and_part_ways(context):
     rolled = roll(c_online=context, n_sources=3)
     sub = rolled.groups.sub
     for group in range(6):
-        members, (trajectory, h) = slice(4 * group, 4 * group + 4), source_of(rolled, group)
-        for field in (sub.observations, sub.returns, sub.actions, sub.window):
-            assert (field[members, 0] == field[4 * group, 0]).all()
-        assert torch.equal(sub.observations[4 * group, 0, -1], torch.from_numpy(trajectory.observations[h]))
-        assert sub.returns[4 * group, 0, -1] == trajectory.returns[h]
+        members, (trajectory, h) = slice(4 * group, 4 * group + 4), rolled.points[group]
+        for ours, theirs in zip(sub[:4], trajectory[:4]):
+            past, now = slice(0, context - 1), slice(0, 0 if ours is sub.actions else context)  # the action is new
+            for each in (past, now):
+                expected = torch.from_numpy(theirs[h + each.start : h + each.stop]).expand_as(ours[members, each])
+                assert torch.equal(ours[members, each], expected)
         assert len(set(sub.u[members, 0, 0].tolist())) == len(set(rolled.groups.scores[members])) == 4
 
 
 def test_members_of_mixed_groups_start_from_different_points():
     rolled = roll(mixed_groups=True, n_sources=3)
-    starts = [tuple(each) for each in rolled.groups.sub.observations[:, 0, -1].tolist()]
-    assert len(rolled.points.steps) == len(starts) == 24
-    assert sorted(starts) == sorted(tuple(each) for each in rolled.points.observations.tolist())
-    assert starts != [tuple(each) for each in rolled.points.observations.tolist()]  # not those of one source in a row
+    starts = [tuple(each) for each in rolled.groups.sub.observations[:, 0].tolist()]
+    points = [tuple(trajectory.observations[h].tolist()) for trajectory, h in rolled.points]
+    assert len(points) == len(starts) == 24
+    assert sorted(starts) == sorted(points) and starts != points  # not those of one source in a row
     assert all(len(set(starts[i : i + 4])) > 1 for i in range(0, 24, 4))
+
+
+def test_where_all_fall_before_l_traj_the_rest_is_no_step():
+    rolled = roll(l_traj=80, l_eval=3, random_points=True, seed=2)
+    sub, lengths = rolled.groups.sub, rolled.groups.lengths
+    assert lengths.max() < 80 and sub.u.shape[1] == 80
+    assert sampled(sub).sum(1).tolist() == lengths.tolist()
+    assert not sub.u[~sampled(sub)].any()
 
 
 def test_rollouts_do_not_depend_on_the_number_of_threads():
@@ -653,7 +658,7 @@ def test_the_updates_forward_sees_the_law_that_the_rollout_sampled_from(kind, co
     noise = torch.randn(args.l_traj, len(sub.u), 3, generator=rng).transpose(0, 1)
     dist = distribution(rolled.model, sub, sub.returns)
     recovered = (sub.u - dist.mean) / dist.log_std.exp()
-    torch.testing.assert_close(recovered[sub.real], noise[sub.real], atol=2e-3, rtol=0)
+    torch.testing.assert_close(recovered[sampled(sub)], noise[sampled(sub)], atol=2e-3, rtol=0)
 
 
 def remembered(rolled, drop=3):
@@ -668,7 +673,7 @@ def remembered(rolled, drop=3):
 @torch.no_grad()
 def ratios(learner, sub):
     log_ratio = distribution(learner.model, sub, sub.new_returns).log_prob(sub.u) - sub.old_log_prob
-    return importance_ratio(log_ratio, sub.real, learner.args)[:, 0]
+    return importance_ratio(log_ratio, sampled(sub), learner.args)[:, 0]
 
 
 def best_dtype():
@@ -688,7 +693,7 @@ def test_ratio_is_1_before_the_first_update(kind, context, dtype):
         for _ in range(4):
             index = torch.from_numpy(rng.integers(len(learner.buffer.u), size=batch))
             assert (ratios(learner, learner.buffer.take(index)) - 1).abs().max() <= 1e-4
-    assert not learner.buffer.real.all()  # early ends among them
+    assert not sampled(learner.buffer).all()  # early ends among them
     assert learner.update(1)["losses/ratio_first"] == pytest.approx(1.0, abs=1e-4)
     assert (ratios(learner, learner.buffer) - 1).abs().max() > 1e-3
 
@@ -707,17 +712,17 @@ def test_hindsight_moves_the_ratio_and_leaves_the_old_log_probability(kind):
 
 def test_hindsight_relabels_with_the_returns_reached_at_the_end_of_the_episode():
     rolled = roll(env_id="Pusher-v5", hindsight=True, l_traj=3, l_eval=2, gamma=1.0, n_sources=3, random_points=True)
-    groups, sub, steps = rolled.groups, rolled.groups.sub, np.repeat(rolled.points.steps, 4)
+    groups, sub, steps = rolled.groups, rolled.groups.sub, np.repeat([h for _, h in rolled.points], 4)
     assert groups.env_steps == np.maximum(100 - steps, 5).sum() > 2 * groups.lengths.sum()  # to the limit of 100 steps
     assert (groups.lengths == 5).all()
-    fall, relabelled = (each[:, :-1, 0] - each[:, 1:, 0] for each in (sub.returns, sub.new_returns))
+    fall, relabelled = (each[:, :-1] - each[:, 1:] for each in (sub.returns, sub.new_returns))
     torch.testing.assert_close(fall, relabelled, atol=1e-3, rtol=0)  # either way by the reward of the step
-    assert (sub.new_returns[:, 0, 0].numpy() < groups.scores).all()  # every reward of Pusher is negative
+    assert (sub.new_returns[:, 0].numpy() < groups.scores).all()  # every reward of Pusher is negative
 
     falling = roll(hindsight=True, gamma=1.0, l_eval=60, n_sources=4, random_points=True)
     ended = falling.groups.lengths < 64
     assert ended.sum() > 4
-    reached = falling.groups.sub.new_returns[ended, 0, 0].numpy()
+    reached = falling.groups.sub.new_returns[ended, 0].numpy()
     np.testing.assert_allclose(reached, falling.groups.scores[ended], rtol=1e-5)
 
 
@@ -824,7 +829,8 @@ def test_a_run_writes_its_metrics_and_learns(whole, pretrained):
     for i, row in enumerate(rows[1:], 1):
         full, sub = (float(row[f"charts/env_steps_{source}"]) for source in ("full", "sub"))
         assert float(row["charts/env_steps"]) == full + sub
-        assert full == sum(float(each["rollout/length"]) for each in rows[1 : i + 1])
+        counts = [2] + [1] * 3  # departure (8): as many full trajectories as are drawn, then one in each iteration
+        assert full == sum(n * float(each["rollout/length"]) for n, each in zip(counts, rows[1 : i + 1]))
         assert int(row["charts/env_steps_eval"]) == sum(float(each["eval/length_mean"]) for each in rows[1 : i + 1])
         assert int(row["charts/gradient_updates"]) == 8 * i
     kept = [round(16 * float(row["rollout/kept"])) for row in rows[1:]]
@@ -854,7 +860,7 @@ def test_finetuning_runs_on_a_task_of_each_family(env_id, model, context, pretra
     printed = capsys.readouterr().out
     assert "iteration 1/1" in printed and f"checkpoint: {run_dir}" in printed
     if env_id.startswith("AntMaze"):  # random walks reach no goal: groups of equal scores
-        assert rows[1]["rollout/kept"] == "0.0" and "no update" in printed
+        assert rows[1]["rollout/kept"] == "0.0" and "nothing kept" in printed
         assert content["env_kwargs"] == {"maze_map": pretrain_dt.UMAZE}
     else:
         assert math.isfinite(float(rows[1]["losses/loss"])) and int(rows[1]["charts/gradient_updates"]) == 8
@@ -947,8 +953,8 @@ def test_where_nothing_is_kept_no_update_is_made_and_the_run_says_so_and_goes_on
     flags = dict(pretrained=pretrained(), delta_r=1e9)
     run_dir = main(toy_args(**flags, iterations=1, run_dir=str(tmp_path / "run")))
     resume(run_dir, "--iterations", 2)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iteration ")]
-    assert len(lines) == 2 and all("no update: nothing further than Delta_r = 1000000000.0" in line for line in lines)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("nothing kept")]
+    assert len(lines) == 2 and all("further than Delta_r = 1000000000.0" in line for line in lines)
     rows = table(run_dir)
     assert all(row["charts/gradient_updates"] == "0" and row["losses/loss"] == "" for row in rows[1:])
     before, after = load_checkpoint(Path(pretrained()))["weights"], load_checkpoint(run_dir)["weights"]
@@ -971,11 +977,11 @@ def test_evaluating_a_saved_run_scores_what_its_last_row_says(script, whole, cap
     dtype = {"torch.float32": torch.float32, "torch.bfloat16": torch.bfloat16}[content["precision"]]
     envs = script.make_eval_envs(args, content["env_kwargs"], whole)
     values = script.run_evaluation(args, script.load_model(content).use_precision(dtype), envs, 4)
-    for name in ("eval/return_mean", "eval/return_std", "eval/length_mean", "eval/normalized_score"):
+    for name in grpo.EVALUATION:
         assert repr(values[name]) == table(whole)[-1][name]
     printed, before = capsys.readouterr().out, sorted(whole.iterdir())
     script.eval_only(args)
-    assert capsys.readouterr().out == printed and printed.startswith("evaluation: return ")
+    assert capsys.readouterr().out == printed and printed.startswith("evaluation: return_mean ")
     assert sorted(whole.iterdir()) == before
 
 
@@ -1006,45 +1012,44 @@ def test_without_a_checkpoint_one_is_made_on_random_data_once_and_kept(pretraini
     path = grpo.pretrained_on_random(args)
     assert load_checkpoint(path)["script"] == "pretrain_dt" and len(pretraining) == 1
     made = pretraining[0]
-    assert (made.env_id, made.dataset, made.model, made.seed, made.threads) == ("Hopper-v5", "random", "dt", 7, 2)
-    assert (made.embed_dim, made.n_layers, made.n_heads, made.device) == (16, 2, 2, "cpu")
+    assert (made.env_id, made.dataset, made.seed, made.threads) == ("Hopper-v5", "random", 7, 2)
+    assert (made.embed_dim, made.n_layers, made.n_heads, made.device) == (16, 4, 4, "cpu")
     assert made.c_offline == made.c_online == 1 and made.bf16
-    assert "pretraining on random data first" in capsys.readouterr().out
+    assert "pretrained on random data" in capsys.readouterr().out
     assert grpo.pretrained_on_random(args) == path and len(pretraining) == 1
-    assert "pretrained on random data before" in capsys.readouterr().out
     grpo.pretrained_on_random(toy_args(seed=8, bf16=False))
     assert len(pretraining) == 2 and not pretraining[1].bf16
 
 
 def test_nothing_half_made_stays_beside_the_kept_checkpoint(pretraining):
     path = grpo.pretrained_on_random(toy_args())
-    assert [each.name for each in path.parent.parent.iterdir()] == [path.parent.name]  # nothing half made beside it
+    assert [each.name for each in path.parent.iterdir()] == [path.name]  # nothing half made beside it
 
 
 def test_other_seeds_sizes_and_contexts_have_checkpoints_of_their_own(pretraining):
-    changes = [{}, {"seed": 2}, {"embed_dim": 32}, {"model": "reinformer"}, {"c_online": 5}, {"env_id": "Ant-v4"}]
+    changes = [{}, {"seed": 2}, {"embed_dim": 32}, {"c_online": 5}, {"env_id": "Ant-v4"}]
     changes += [{"env_id": "AdroitHandHammer-v1", "c_online": None}]
     changes += [{"env_id": "AntMaze_UMaze-v4", "c_online": None, "dataset_kind": kind} for kind in ("umaze", "diverse")]
     paths = {grpo.pretrained_on_random(toy_args(**each)) for each in changes}
     assert len(paths) == len(pretraining) == len(changes)
-    assert [made.c_online for made in pretraining] == [1, 1, 1, 1, 5, 1, 5, 1, 5]
+    assert [made.c_online for made in pretraining] == [1, 1, 1, 5, 1, 5, 1, 5]
 
 
 def test_of_two_runs_that_pretrain_at_once_the_first_ones_checkpoint_stays(pretraining, monkeypatch):
     args = toy_args()
     first = grpo.pretrained_on_random(args)
-    first.rename(first.with_name("hidden.pt"))  # as it was when the second one looked
-    fake = grpo.subprocess.run
+    first.rename(first.with_name("hidden"))  # as it was when the second one looked
+    fake, before = grpo.subprocess.run, first.with_name("hidden").stat().st_ino
 
     def slower(command):
         done = fake(command)
-        first.with_name("hidden.pt").rename(first)
+        first.with_name("hidden").rename(first)
         return done
 
     monkeypatch.setattr(grpo.subprocess, "run", slower)
-    before = first.parent.stat().st_ino
-    assert grpo.pretrained_on_random(args) == first and first.exists() and first.parent.stat().st_ino == before
-    assert len(pretraining) == 2 and len(list(first.parent.parent.iterdir())) == 1
+    assert grpo.pretrained_on_random(args) == first and (first / "checkpoint.pt").exists()
+    assert first.stat().st_ino == before
+    assert len(pretraining) == 2 and len(list(first.parent.iterdir())) == 1
 
 
 def test_pretraining_that_fails_is_one_line(pretraining, monkeypatch):
