@@ -1090,8 +1090,9 @@ def write_file(path: Path, content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # a full disk leaves no half of it
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        die(f"cannot write {path}: {error.strerror}; what stood there before is kept. Make room, then go on.")
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -1116,8 +1117,11 @@ def load_checkpoint(path: Path) -> dict:
 
 def load_model(content: dict, dropout: float = 0.0) -> DecisionTransformer:
     """The network of a checkpoint, with the statistics of its observations and the scale of its returns."""
-    model = DecisionTransformer(**content["sizes"], dropout=dropout)
-    model.load_state_dict(content["weights"])
+    try:
+        model = DecisionTransformer(**content["sizes"], dropout=dropout)
+        model.load_state_dict(content["weights"])
+    except (TypeError, RuntimeError):
+        die(f"the checkpoint's weights do not fit its sizes {content['sizes']}: take another.")
     return model
 
 

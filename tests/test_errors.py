@@ -100,17 +100,17 @@ def box(*shape, bound=np.inf):
 
 GOALS = dict(achieved_goal=box(2), observation=box(4), desired_goal=box(2))
 UNSUITED = {  # name: observations, actions, what the line says
-    "Images": (box(8, 8, 3), box(2, bound=1.0), r"observations Box.*8, 8, 3.*a vector\) is needed"),
+    "Images": (box(8, 8, 3), box(2, bound=1.0), r"observations Box.*8, 8, 3.*must be flat Boxes"),
     "Tiles": (gym.spaces.Discrete(5), box(2, bound=1.0), r"observations Discrete\(5\)"),
     "Unbounded": (box(3), box(2), "unbounded actions Box"),
     "HalfBounded": (box(3), gym.spaces.Box(0.0, np.inf, (2,), np.float32), "unbounded actions Box"),
-    "ActionGrid": (box(3), box(2, 2, bound=1.0), "actions Box.*needs a flat Box"),
+    "ActionGrid": (box(3), box(2, 2, bound=1.0), "actions Box.*must be flat Boxes"),
     "ManyBounds": (box(3), gym.spaces.Box(np.arange(40, dtype="f"), np.full(40, np.inf, "f")), "unbounded actions Box"),
-    "OtherKeys": (gym.spaces.Dict(camera=box(2), joints=box(3)), box(2, bound=1.0), r"\['camera', 'joints'\]"),
+    "OtherKeys": (gym.spaces.Dict(camera=box(2), joints=box(3)), box(2, bound=1.0), "Dict.*camera.*flat Boxes"),
     "GoalImages": (
         gym.spaces.Dict(GOALS | {"observation": box(4, 4)}),
         box(2, bound=1.0),
-        "observations Dict.*is needed",
+        "observations Dict.*must be flat Boxes",
     ),
 }
 
@@ -136,7 +136,7 @@ def test_unsuited_spaces_are_refused_before_anything_is_written(name, tmp_path):
         ("no_such_package:Env-v0", "cannot make the environment no_such_package:Env-v0"),
         ("ns/Nope-v0", "cannot make the environment ns/Nope-v0"),
         ("", "cannot make the environment"),
-        ("CartPole-v1", r"CartPole-v1 has actions Discrete\(2\): .* needs a flat Box"),
+        ("CartPole-v1", r"CartPole-v1 has actions Discrete\(2\) .*must be flat Boxes"),
     ],
 )
 def test_unknown_and_discrete_environments_are_refused_before_anything_is_written(env_id, match, tmp_path):
@@ -190,11 +190,10 @@ def test_a_width_that_the_heads_do_not_divide_is_refused_with_both_numbers(tmp_p
 
 
 @pytest.mark.parametrize("flags", [["--nonsense"], ["--updates", "many"], ["--model", "gpt"], ["--seed"]])
-def test_flags_that_tyro_refuses_exit_with_1(flags, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse_args(flags)
-    assert stop.value.code == 1
-    assert flags[0] in capsys.readouterr().err
+def test_flags_that_tyro_refuses_exit_with_1(flags):
+    done = script(*flags)
+    assert done.returncode == 1 and done.stdout == ""
+    assert flags[0] in done.stderr and "Traceback" not in done.stderr
 
 
 def test_help_exits_with_0(capsys):
@@ -290,7 +289,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_run_left_as_it_was(older, damag
     damage(older / "checkpoint.pt", damaged)
     before = content_of(older)
     for flags in (["--eval-only", older / "checkpoint.pt"], ["--resume", older]):
-        with refused(f"cannot read the checkpoint {older}/checkpoint.pt: .*damaged"):
+        with refused(f"{older}/checkpoint.pt is damaged"):
             run(*flags)
     assert content_of(older) == before
 
@@ -375,7 +374,7 @@ def file_size_limit(size):
 def test_a_disk_full_at_the_first_checkpoint_is_one_line_and_the_run_can_start_again(tmp_path):
     folder = tmp_path / "run"
     done = script(*toy_flags(run_dir=folder), preexec_fn=file_size_limit(20_000))
-    assert_one_line(done, f"cannot write the checkpoint {folder}/checkpoint.pt: .*make room and start again")
+    assert_one_line(done, f"cannot write {folder}/checkpoint.pt: File too large; .*Make room")
     assert not {"checkpoint.pt", "checkpoint.tmp"} & set(content_of(folder))
     assert_loads(run(*toy_flags(run_dir=folder)), 4)
 
@@ -383,7 +382,7 @@ def test_a_disk_full_at_the_first_checkpoint_is_one_line_and_the_run_can_start_a
 def test_a_disk_full_at_a_later_checkpoint_keeps_the_one_before_and_the_run_goes_on(older):
     before = (older / "checkpoint.pt").read_bytes()
     done = script("--resume", older, "--updates", 8, preexec_fn=file_size_limit(20_000))
-    assert_one_line(done, f"cannot write the checkpoint {older}/checkpoint.pt: .*the one before it is kept")
+    assert_one_line(done, f"cannot write {older}/checkpoint.pt: .* before is kept")
     assert (older / "checkpoint.pt").read_bytes() == before
     assert "checkpoint.tmp" not in content_of(older)
     assert_loads(older, 4)
@@ -403,12 +402,11 @@ def test_a_disk_full_under_tensorboards_feet_is_one_line_too(tmp_path):
 
 KILLED = {  # where in save_checkpoint the process is killed
     "halfway through the file": """
-        class Half:
-            def __init__(self, *arguments): self.file = open(*arguments)
-            def __enter__(self): return self
-            def __exit__(self, *arguments): pass
-            def write(self, content): self.file.write(content[: len(content) // 2]); self.file.flush(); die()
-        pretrain_dt.open = Half""",
+        def half(path, content):
+            with open(path, "wb") as file:
+                file.write(content[: len(content) // 2])
+            die()
+        pretrain_dt.Path.write_bytes = half""",
     "before the renaming": """
         pretrain_dt.os.replace = lambda *arguments: die()""",
 }

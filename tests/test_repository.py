@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import tokenize
-import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -322,17 +321,6 @@ def test_the_docs_list_exactly_the_metrics(script):
 def requirements(path: Path) -> list[str]:
     lines = [line.split("#")[0].strip() for line in read(path).splitlines()]
     return [line for line in lines if line]
-
-
-def inline_dependencies(source: str) -> list[str]:
-    """The dependencies that a script names for uv and pipx (PEP 723)."""
-    block = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", source, re.MULTILINE)[1]
-    return tomllib.loads(re.sub(r"^# ?", "", block, flags=re.MULTILINE))["dependencies"]
-
-
-@each_script
-def test_a_script_names_the_dependencies_of_requirements_txt(script):
-    assert inline_dependencies(read(script)) == requirements(ROOT / "requirements.txt")
 
 
 def test_every_pin_is_exact():
