@@ -919,7 +919,8 @@ def load_checkpoint(path: Path) -> dict:
         die(f"checkpoint {path} not found: give the folder of a run, or the checkpoint.pt in it.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        assert {"script", "iteration", "sizes", "weights", "args", "env_id", "env_kwargs", "g_eval"} <= set(content)
+        for key in ("script", "iteration", "sizes", "weights", "args", "env_id", "env_kwargs", "g_eval"):
+            content[key]  # a KeyError if it is missing
     except Exception:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError and more
         die(f"{path} is damaged, or no checkpoint of these scripts: take another.")
     return content
@@ -980,6 +981,8 @@ class RunLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.csv"
         lines = path.read_text().splitlines(keepends=True)[: 1 + saved["rows"]] if saved else [",".join(columns) + "\n"]
+        if lines[0].strip() != ",".join(columns):
+            die(f"{path} has other columns than this version writes: start a new run from its checkpoint.")
         write_file(path, "".join(lines).encode())
         packages = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "minari")
         versions = {name: importlib.metadata.version(name) for name in packages}

@@ -1,23 +1,36 @@
-"""How fast the simulator pool of grpo_dt_continuous.py steps, beside raw MuJoCo and beside a loop over env.step.
+"""How fast grpo_dt_continuous.py simulates, and how long its iteration takes at the paper's size.
 
-    python benchmark/speed.py [--threads 1] [--tasks Hopper-v5 Ant-v5]
+    python benchmark/speed.py [--parts pool] [--threads 1] [--tasks Hopper-v5 Ant-v5]
 
-For each task three things do the same work, from the same snapshots of an episode of random actions:
+Part "pool": environment steps per second of the simulator pool. For each task three things do the same work, from the
+same snapshots of an episode of random actions:
   pool   make_pool(...).step: observations, rewards and terminations of all simulations
   raw    mujoco.mj_step alone, on the MjData of that pool, in its threads
   loop   env.step of one gymnasium environment, for some of the simulations, one after the other
 They take turns for several rounds. The Markdown table gives environment steps per second, each frame_skip steps of
-MuJoCo, and ratios, all medians over the rounds. Take it on a quiet machine: other load falls on all three, unevenly.
+MuJoCo, and ratios, all medians over the rounds.
+
+Part "iteration": seconds of one iteration with the settings of the task's row, a network of random weights and
+sub-trajectories that all live through L_traj + L_eval steps (falls are switched off):
+  ours   the script's own functions
+  plain  the same iteration as one would first write it: a loop over env.step, fp32, all three tokens of a step through
+         the whole network; --plain-steps of its L_eval steps are run, and their time is scaled to all
+  floor  the same environment steps by raw mj_step and the floating-point operations of ours at the speed of a large
+         matrix product, nothing else
+Take either on a quiet machine: other load falls on all of them, unevenly.
 """
 
 import argparse
 import os
+import resource
 import sys
 import time
 from pathlib import Path
 
 import mujoco
 import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -106,15 +119,157 @@ def measure(task: str, args) -> str:
     return f"| {task} | {type(pool).__name__} | {' | '.join(values)} |"
 
 
+class PlainTransformer(grpo.DecisionTransformer):
+    """The same network, at context 1, as one would first write it: all three tokens of a step, the action's slot empty,
+    through all blocks in full."""
+
+    def forward(self, observations, returns, actions, real=None):
+        s = self.embed_observation((observations - self.obs_mean) / self.obs_std)  # (B, 1, E)
+        g = self.embed_return((returns * self.return_scale)[..., None])
+        a = self.embed_action(torch.zeros(len(returns), 1, self.act_dim, device=returns.device))
+        x = self.norm_in(torch.cat([g, s, a], dim=1))  # (B, 3, E)
+        mask = torch.ones(3, 3, dtype=torch.bool, device=x.device).tril()[None, None]
+        for block in self.blocks:
+            x = block(x, mask)
+        token = self.norm_out(x)[:, 1:2]
+        spread = torch.tanh(self.log_std_head(token))
+        log_std = grpo.LOG_STD_MIN + 0.5 * (grpo.LOG_STD_MAX - grpo.LOG_STD_MIN) * (spread + 1.0)
+        return grpo.SquashedGaussian(self.mean_head(token), log_std), None
+
+
+@torch.no_grad()
+def plain_rollout(model: PlainTransformer, envs: list, members: list, args, eval_steps: int) -> tuple[float, float]:
+    """Seconds in env.step and in the policy for L_traj + `eval_steps` steps of all members, one environment each."""
+    simulated = inferred = 0.0
+    for env, (source, h) in zip(envs, members):
+        simulator = grpo.simulator_of(env)
+        size = mujoco.mj_stateSize(simulator.model, grpo.INTEGRATION_STATE)
+        mujoco.mj_setState(simulator.model, simulator.data, source.snapshots[h][:size], grpo.INTEGRATION_STATE)
+    observations = np.stack([source.observations[h] for source, h in members])
+    g = np.array([source.returns[h] for source, h in members])
+    for step in range(args.l_traj + eval_steps):
+        begun = time.perf_counter()
+        windows = torch.from_numpy(observations)[:, None], torch.from_numpy(g)[:, None], None
+        dist, _ = model.act(*windows)
+        u = dist.sample(torch.randn_like(dist.mean)) if step < args.l_traj else dist.mean
+        dist.log_prob(u)
+        actions = grpo.squash(u).numpy()
+        inferred, begun = inferred + time.perf_counter() - begun, time.perf_counter()
+        for i, env in enumerate(envs):
+            observations[i], reward, _, _, _ = env.unwrapped.step(grpo.scale_action(actions[i], env))
+            g[i] -= reward
+        simulated += time.perf_counter() - begun
+    return simulated, inferred
+
+
+def new_learner(cls, env, args, dtype) -> grpo.GRPOLearner:
+    """A learner on random weights at the size in `args`."""
+    torch.manual_seed(0)
+    model = cls(*env.observation_space.shape, *env.action_space.shape, args.embed_dim).use_precision(dtype)
+    model.return_scale.fill_(1e-3)
+    return grpo.GRPOLearner(model.to(args.device), args)
+
+
+def timed(function, *args):
+    """(seconds, result) of a call, the device's work included."""
+    begun = time.perf_counter()
+    result = function(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun, result
+
+
+def peak_flops(dtype: torch.dtype, device: str) -> float:
+    """Floating-point operations per second of a large matrix product: best of ten."""
+    a, b = torch.randn(4096, 512, device=device).to(dtype), torch.randn(512, 2048, device=device).to(dtype)
+    seconds = min(timed(torch.mm, a, b)[0] for _ in range(10))
+    return 2 * 4096 * 512 * 2048 / seconds
+
+
+def flops_of(model, args) -> float:
+    """Floating-point operations of the network's matrix products for one window."""
+    batch, device = 64, args.device
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(batch, 1, len(model.obs_mean), device=device), torch.zeros(batch, 1, device=device), None)
+    return counter.get_total_flops() / batch
+
+
+def measure_iteration(task: str, options) -> str:
+    """Rows of the second table. The first iteration warms up where there is time for two."""
+    kwargs = {"terminate_when_unhealthy": False} if task.startswith(("Hopper", "Walker2d", "Ant-")) else {}
+    args = grpo.Args(env_id=task, embed_dim=options.embed_dim, threads=options.threads, c_online=1, delta_r=0.0)
+    (device, dtype), args.g_eval = grpo.set_up_torch(args), None
+    args.device = device.type
+    grpo.fill_from_table_6(args, "medium", 0.0)
+    envs = [grpo.make_env(task, kwargs) for _ in range(args.n_sources)]
+    pool = grpo.make_pool(grpo.make_env(task, kwargs), args.n_sources * args.n_points * args.group_size, args.threads)
+    learner = new_learner(grpo.DecisionTransformer, envs[0], args, dtype)
+    policy = grpo.rollout_copy(learner.model)
+    grpo.collect(policy, envs[:1], args, 0)
+    collected, replay = timed(grpo.collect, policy, envs[:1], args, 1)
+    for warm_up in (True, False):
+        args.l_eval, all_steps = (1, args.l_eval) if warm_up else (args.l_eval, 0)
+        chosen, points = timed(grpo.choose_points, policy, replay, args, 1)
+        rolled, groups = timed(grpo.rollout_groups, policy, pool, points, args, 1)
+        args.l_eval = all_steps or args.l_eval
+        keep = np.ones(pool.size, bool)
+        remembered, _ = timed(learner.remember, groups, np.linspace(-1, 1, pool.size), keep)
+        updated, _ = timed(learner.update, 1)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    ours = (groups.seconds, chosen + rolled - groups.seconds, remembered + updated)
+    seeds, ten = list(range(10)), envs[:10]
+    evaluated, _ = timed(grpo.evaluate, learner.model, ten, args.g_eval, 1, seeds)
+
+    steps, flops = groups.env_steps, flops_of(learner.model, args)
+    actions = np.zeros((options.steps, pool.size, *envs[0].action_space.shape))
+    begun = time.perf_counter()
+    for action in actions:
+        raw_step(pool)(np.arange(pool.size), action)
+    raw = actions.size / actions.shape[2] / (time.perf_counter() - begun)
+    trained = args.n_minibatches * args.n_batch * args.l_traj
+    peak = peak_flops(dtype, args.device)
+    # an update goes forward, backward (twice the work) and forward through the reference
+    floor = (steps / raw, steps * flops / peak, (4 * trained + pool.size * args.l_traj) * flops / peak)
+
+    plain_learner = new_learner(PlainTransformer, envs[0], args, torch.float32)
+    members = [point for point in points for _ in range(args.group_size)]
+    plain_envs = [grpo.make_env(task, kwargs) for _ in members]
+    for env in plain_envs:
+        env.reset(seed=0)
+    some = min(options.plain_steps, args.l_eval)
+    plain_rollout(plain_learner.model, plain_envs, members, args, 0)
+    scale = (args.l_traj + args.l_eval) / (args.l_traj + some)
+    plain = [scale * part for part in plain_rollout(plain_learner.model, plain_envs, members, args, some)]
+    plain_learner.buffer = learner.buffer
+    plain += [timed(plain_learner.update, 1)[0]]
+    rows = []
+    for name, parts in (("ours", ours), ("plain", plain), ("floor", floor)):
+        columns = " | ".join(f"{part:.1f}" for part in (sum(parts), *parts))
+        rows += [f"| {task} | {name} | {columns} | {sum(parts) / sum(ours):.2f} |"]
+    note = f"{task}: {steps:,} environment steps, {dtype}, {peak / 1e9:,.0f} GFLOP/s at the peak, "
+    note += f"{flops / 1e6:.1f} MFLOP a window; apart: collection {collected:.1f} s, evaluation {evaluated:.1f} s; "
+    note += f"peak memory of ours {memory:.2f} GiB"
+    return "\n".join(rows), note
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=TASKS, help="environment ids")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the pool [all cores]")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that count, after one that warms up")
-    parser.add_argument("--steps", type=int, default=20, help="environment steps of each simulation in a round")
-    parser.add_argument("--simulations", type=int, default=256, help="simulations side by side")
+    parser.add_argument("--parts", nargs="+", default=["pool", "iteration"], choices=["pool", "iteration"])
+    parser.add_argument("--tasks", nargs="+", help="environment ids [pool: all of the paper's; iteration: Hopper-v5]")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of pool and network [all cores]")
+    parser.add_argument("--rounds", type=int, default=5, help="pool: rounds that count, after one that warms up")
+    parser.add_argument("--steps", type=int, default=20, help="pool: environment steps of each simulation in a round")
+    parser.add_argument("--simulations", type=int, default=256, help="pool: simulations side by side")
+    parser.add_argument("--embed-dim", type=int, default=512, help="iteration: width of the network")
+    parser.add_argument("--plain-steps", type=int, default=15, help="iteration: L_eval steps run by the plain one")
     arguments = parser.parse_args()
-    print(f"{arguments.simulations} simulations, {arguments.threads} threads, environment steps per second:\n")
-    print("| environment | class of the pool | pool | raw | loop | pool / raw | pool / loop |\n" + "|---" * 7 + "|")
-    for task in arguments.tasks:
-        print(measure(task, arguments), flush=True)
+    if "pool" in arguments.parts:
+        print(f"{arguments.simulations} simulations, {arguments.threads} threads, environment steps per second:\n")
+        print("| environment | class of the pool | pool | raw | loop | pool / raw | pool / loop |\n" + "|---" * 7 + "|")
+        for task in arguments.tasks or TASKS:
+            print(measure(task, arguments), flush=True)
+    if "iteration" in arguments.parts:
+        print(f"\nwidth {arguments.embed_dim}, {arguments.threads} threads, seconds of an iteration:\n")
+        print("| environment | | total | simulate | infer | update | total / ours |\n" + "|---" * 7 + "|")
+        measured = [measure_iteration(task, arguments) for task in arguments.tasks or ["Hopper-v5"]]
+        print("\n".join(row for row, _ in measured) + "\n\n" + "\n".join(note for _, note in measured))

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 import pretrain_dt
-from pretrain_dt import UMAZE, History, SquashedGaussian, d4rl_terminated, evaluate, make_env, normalized_score, task_of
+from pretrain_dt import (
+    UMAZE,
+    DecisionTransformer,
+    History,
+    SquashedGaussian,
+    d4rl_rules,
+    evaluate,
+    make_env,
+    normalized_score,
+    task_of,
+)
 
 TASKS = [  # environment, observations, actions, time limit: gymnasium 1.4.0, gymnasium-robotics 1.4.2, D4RL's pen
     ("Hopper-v4", 11, 3, 1000),
@@ -182,9 +192,28 @@ def test_pen_ends_exactly_when_it_has_fallen_below_75_mm():
 def test_pen_threshold_is_strict_and_holds_for_no_other_task(height, fallen):
     observation = np.full(45, 1.0)
     observation[26] = height
-    assert d4rl_terminated("AdroitHandPen", observation, False) == fallen
-    assert d4rl_terminated("AdroitHandPen", observation, True)
-    assert not d4rl_terminated("AdroitHandDoor", observation, False)
+    assert d4rl_rules("AdroitHandPen", observation, 3.0, False) == (3.0, fallen)
+    assert d4rl_rules("AdroitHandPen", observation, 3.0, True) == (3.0, True)
+    for task in ("AdroitHandDoor", "AdroitHandHammer", "AdroitHandRelocate", "Hopper"):
+        assert d4rl_rules(task, observation, 3.0, False)[1] is False
+
+
+@pytest.mark.parametrize(
+    "task, taken_off",  # 0.2 times the distance, of observations that count up from 0 and down from 50
+    [
+        ("AdroitHandDoor", (0.2 * np.sqrt(35**2 + 36**2 + 37**2), 0.2 * np.sqrt(15**2 + 14**2 + 13**2))),
+        ("AdroitHandHammer", (0.2 * np.sqrt(27), 0.2 * np.sqrt(27))),  # hand and object are 3 apart on each axis
+        ("AdroitHandRelocate", (0.2 * np.sqrt(30**2 + 31**2 + 32**2), 0.2 * np.sqrt(20**2 + 19**2 + 18**2))),
+        ("AdroitHandPen", (0.0, 0.0)),
+        ("Hopper", (0.0, 0.0)),
+    ],
+)
+def test_rules_of_several_steps_at_once_take_twice_the_distance_off_each(task, taken_off):
+    observations = np.stack([np.arange(46.0), 50.0 - np.arange(46.0)])
+    observations[1, 26] = 0.01  # a height, in the pen's observation alone
+    rewards, terminated = d4rl_rules(task, observations, np.array([1.0, -2.0]), np.array([False, False]))
+    np.testing.assert_allclose(rewards, np.array([1.0, -2.0]) - taken_off, rtol=1e-12)
+    assert terminated.tolist() == [False, task == "AdroitHandPen"]
 
 
 @pytest.mark.parametrize("task", ["Door", "Hammer", "Relocate"])
@@ -317,13 +346,15 @@ def test_uneven_bounds_are_scaled_from_low_to_high():
 
 
 class Scripted(gym.Env):
-    """An episode written out: its rewards, and whether it ends by termination or truncation. Bounds are ±2."""
+    """An episode written out: its rewards, whether it ends by termination or truncation, and, if told, the
+    x-position after each step. Bounds are ±2."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
     action_space = gym.spaces.Box(-2.0, 2.0, (1,), np.float32)
 
-    def __init__(self, name, rewards, end="terminated"):
+    def __init__(self, name, rewards, end="terminated", positions=None):
         self.name, self.rewards, self.end, self.actions, self.seed = name, rewards, end, [], None
+        self.positions = positions
 
     def reset(self, *, seed=None, options=None):
         self.seed, self.actions = seed, []
@@ -335,7 +366,8 @@ class Scripted(gym.Env):
         step = len(self.actions)
         over = step == len(self.rewards)
         reward, observation = self.rewards[step - 1], np.array([self.name, float(step)])
-        return observation, reward, over and self.end == "terminated", over and self.end == "truncated", {}
+        info = {"x_position": self.positions[step - 1]} if self.positions else {}
+        return observation, reward, over and self.end == "terminated", over and self.end == "truncated", info
 
 
 class Recorder:
@@ -380,14 +412,14 @@ def windows_by_hand(name, context, g_start):
 
 
 def test_evaluation_returns_sums_and_lengths_and_steps_no_ended_environment(monkeypatch):
-    envs, returns, lengths = play(monkeypatch, Recorder())  # Scripted fails the test if stepped after its end
+    envs, returns, lengths, _ = play(monkeypatch, Recorder())  # Scripted fails the test if stepped after its end
     np.testing.assert_allclose(returns, [sum(rewards) for rewards in REWARDS])
     assert lengths.tolist() == [2, 5, 4, 1]  # by termination, truncation, termination, truncation
     assert [env.seed for env in envs] == [11, 22, 33, 44]
 
 
 def test_evaluation_plays_the_scaled_tanh_of_the_mean(monkeypatch):
-    envs, _, _ = play(monkeypatch, Recorder())
+    envs, *_ = play(monkeypatch, Recorder())
     for env in envs:
         expected = 2.0 * np.tanh(env.name / 10 + np.arange(len(env.rewards)) / 100)
         np.testing.assert_allclose(env.actions, expected, rtol=1e-5)
@@ -401,7 +433,8 @@ def test_evaluation_shows_the_last_steps_left_padded_and_g_falls_by_each_reward_
     assert len(policy.seen) == 5
     for step, seen in enumerate(policy.seen):
         alive = [name for name in range(4) if step < len(REWARDS[name])]
-        for got, wanted in zip(seen, zip(*(expected[name][step] for name in alive))):
+        shown = np.resize(alive, 4)  # four at every step: those that are over are made up for by repeated ones
+        for got, wanted in zip(seen, zip(*(expected[name][step] for name in shown)), strict=True):
             np.testing.assert_allclose(got, np.stack(wanted), rtol=1e-6)
     assert min(seen[1].min() for seen in policy.seen) < -80  # 20 - 100.75: below zero, unclamped
 
@@ -410,36 +443,105 @@ def test_the_return_that_reinformer_predicts_stays_in_the_window(monkeypatch):
     policy = Recorder(returns_shift=1000.0)
     play(monkeypatch, policy)
     last = policy.seen[-1]  # episode 1, step 4: returns given 20, 19, 17, 13, 5
-    np.testing.assert_allclose(last[1], [[1017.0, 1013.0, 5.0]])
+    np.testing.assert_allclose(last[1], [[1017.0, 1013.0, 5.0]] * 4)  # it alone goes on: repeated up to four
 
 
 def test_evaluation_from_a_seed_repeats_itself_with_a_real_network():
     torch.manual_seed(0)
-    model = pretrain_dt.DecisionTransformer(11, 3, 16, 2, 2)
+    model = DecisionTransformer(11, 3, 16, 2, 2)
     envs = [make_env("Hopper-v5") for _ in range(3)]
     first, second = (evaluate(model, envs, 100.0, 4, [1, 2, 3]) for _ in range(2))
     np.testing.assert_array_equal(first, second)
-    assert len(set(first[0])) == 3 and min(first[1]) > 1
+    assert len(set(first[0])) == len(set(first[2])) == 3 and min(first[1]) > 1
 
 
-def test_history_shifts_only_the_rows_it_is_told_and_flags_its_padding():
-    history, rows = History(3, 3, 2, 1), np.array([0, 2])
-    for step in range(1, 5):
-        history.push(rows, np.array([[step, 0.0], [step, 2.0]]), np.array([10.0 * step, -step]))
-        history.actions[rows, -1] = step / 10
-        observations, returns, actions, real = (t.numpy() for t in history.windows(rows, torch.device("cpu")))
-        steps = np.array([max(then, 0) for then in range(step - 2, step + 1)])
-        np.testing.assert_array_equal(observations[:, :, 0], [steps, steps])
-        np.testing.assert_array_equal(observations[1, :, 1], 2.0 * (steps > 0))
-        np.testing.assert_array_equal(returns, [10.0 * steps, -steps])
-        np.testing.assert_allclose(actions[:, :, 0], [steps[:-1] / 10] * 2)
-        np.testing.assert_array_equal(real, [steps > 0] * 2)
-    assert not history.real[1].any() and not history.observations[1].any()
+def test_the_distance_is_the_last_x_position_and_nan_where_none_is_reported(monkeypatch):
+    positions = [[1.0, 9.0, -4.0], [5.0, 6.0], None, [-0.5]]  # neither the highest, nor the first, nor a sum
+    scripts = zip(([1.0] * 3, [1.0] * 2, [1.0] * 4, [1.0]), ["terminated", "truncated"] * 2, positions)
+    envs = [Scripted(name, *script) for name, script in enumerate(scripts)]
+    monkeypatch.setattr(pretrain_dt, "rollout_copy", lambda model: model)
+    distances = evaluate(Recorder(), envs, 20.0, 2, [1, 2, 3, 4])[2]
+    np.testing.assert_array_equal(distances, [-4.0, 6.0, np.nan, -0.5])
 
 
-def test_a_new_step_of_a_history_has_no_action_yet():
-    history = History(1, 2, 1, 1)
-    for _ in range(3):
-        history.push(np.array([0]), np.ones((1, 1)), np.ones(1))
-        assert history.actions[0, -1, 0] == 0.0
-        history.actions[0, -1] = 0.5
+class Tape(gym.Wrapper):
+    """Keeps the actions of an episode."""
+
+    def reset(self, **kwargs):
+        self.actions = []
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        self.actions.append(action.copy())
+        return self.env.step(action)
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "Walker2d-v4"])
+def test_the_distance_is_that_of_gymnasiums_episode_of_the_same_actions(env_id):
+    envs, theirs = [Tape(make_env(env_id)) for _ in range(3)], gym.make(env_id)
+    torch.manual_seed(0)
+    model = DecisionTransformer(*envs[0].observation_space.shape, *envs[0].action_space.shape, 16, 2, 2)
+    _, lengths, distances = evaluate(model, envs, 100.0, 4, [5, 6, 7])
+    for env, seed, length, distance in zip(envs, (5, 6, 7), lengths, distances):
+        theirs.reset(seed=seed)
+        *_, (_, _, terminated, truncated, info) = [theirs.step(action) for action in env.actions]
+        assert (terminated or truncated) and len(env.actions) == length
+        assert distance == info["x_position"] == env.unwrapped.data.qpos[0] != 0.0
+
+
+def test_the_distance_is_nan_in_a_real_environment_without_a_position():
+    model = DecisionTransformer(3, 1, 16, 2, 2)
+    returns, lengths, distances = evaluate(model, [make_env("Pendulum-v1") for _ in range(2)], 0.0, 2, [1, 2])
+    assert np.isnan(distances).all() and distances.shape == (2,)
+    assert lengths.tolist() == [200, 200] and np.isfinite(returns).all()
+
+
+@pytest.mark.parametrize("context", [1, 2, 3, 9])
+def test_history_shows_the_last_k_steps_of_its_rows_left_padded_in_few_batch_sizes(context):
+    rng, policy, batch = np.random.default_rng(0), Recorder(returns_shift=0.5), 70
+    history, rows = History(batch, context, 2, 1), np.arange(batch)
+    counts = [70, 70, 65, 64, 63, 33, 32, 31, 1]  # how many rows are alive at each step
+    sizes = [70, 70, 70, 64, 64, 64, 32, 32, 32]  # multiples of 32, but no more than there are rollouts
+    observations, returns = rng.normal(size=(len(counts), batch, 2)), 50 * rng.normal(size=(len(counts), batch))
+    actions = np.zeros((len(counts), batch, 1))
+    for step, (count, size) in enumerate(zip(counts, sizes, strict=True)):
+        rows = np.sort(rng.choice(rows, count, replace=False))
+        dist = history.act(policy, rows, observations[step], returns[step])
+        seen_observations, seen_returns, seen_actions, seen_real = policy.seen[-1]
+        assert seen_observations.shape == (size, context, 2) and seen_returns.shape == (size, context)
+        assert seen_actions.shape == (size, context - 1, 1) and seen_real.shape == (size, context)
+        for place in range(size):
+            i, first = rows[place % count], max(0, step - context + 1)  # the rest: the same rows over again
+            padding, used = context - (step + 1 - first), returns[first : step + 1, i].copy()
+            used[:-1] += 0.5  # of the steps before, what the policy acted on; of this one, what it is given
+            assert seen_real[place].tolist() == [False] * padding + [True] * (step + 1 - first)
+            assert not seen_observations[place, :padding].any() and not seen_returns[place, :padding].any()
+            assert not seen_actions[place, :padding].any()
+            np.testing.assert_allclose(seen_observations[place, padding:], observations[first : step + 1, i], rtol=1e-6)
+            np.testing.assert_allclose(seen_returns[place, padding:], used, rtol=1e-6)
+            np.testing.assert_allclose(seen_actions[place, padding:], actions[first:step, i], rtol=1e-6)
+        mean = observations[step, rows] @ [[0.1], [0.01]]
+        np.testing.assert_allclose(dist.mean.numpy(), mean, rtol=1e-5, atol=1e-6)  # one per row, no repetitions
+        assert dist.log_std.shape == (count, 1)
+        actions[step, rows] = rng.uniform(-1.0, 1.0, (count, 1))
+        history.actions[-1][rows] = actions[step, rows]
+    assert len(policy.seen) == len(counts)
+
+
+def test_history_keeps_every_step_with_the_return_acted_on_and_who_lived_it():
+    policy, history, sizes = Recorder(returns_shift=100.0), History(3, 3, 2, 1), []
+    for step, rows in enumerate(([0, 1, 2], [0, 2], [2]), start=1):
+        observations, returns = np.full((3, 2), step, np.float32), np.float32(step) * np.arange(1, 4, dtype="f")
+        history.act(policy, np.array(rows), observations, returns)
+        observations[:], returns[:] = np.nan, np.nan  # it keeps copies: evaluation writes into its arrays
+        assert not history.actions[-1].any()  # no action yet
+        history.actions[-1][rows] = 0.1 * step
+        sizes.append(len(policy.seen[-1][0]))
+    assert sizes == [3, 3, 3]
+    real = np.array([[0, 0, 0], [0, 0, 0], [1, 1, 1], [1, 0, 1], [0, 0, 1]], bool)  # two of padding, three lived
+    np.testing.assert_array_equal(np.stack(history.real), real)
+    np.testing.assert_array_equal(np.stack(history.returns)[real], [101.0, 102.0, 103.0, 102.0, 106.0, 109.0])
+    np.testing.assert_array_equal(np.stack(history.observations)[real][:, 0], [1.0, 1.0, 1.0, 2.0, 2.0, 3.0])
+    np.testing.assert_allclose(np.stack(history.actions)[..., 0], real * np.array([0, 0, 0.1, 0.2, 0.3])[:, None])
+    assert not any(np.stack(part)[:2].any() for part in (history.observations, history.returns, history.actions))
+    assert {part[-1].dtype for part in (history.observations, history.returns, history.actions)} == {np.dtype("f4")}

@@ -40,6 +40,7 @@ def test_pretraining_runs_on_a_task_of_each_family(env_id, dataset_steps, contex
     assert (float(rows[0]["losses/return"]) > 0) == (model == "reinformer")
     score = rows[2]["eval/normalized_score"]
     assert (score == "") == (env_id == "Pendulum-v1")
+    assert (rows[2]["eval/distance_mean"] == "") == (env_id in ("Pendulum-v1", "AdroitHandHammer-v1"))
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert (checkpoint["args"]["c_offline"], checkpoint["c_online"]) == context
     printed = capsys.readouterr().out
@@ -60,6 +61,7 @@ def test_the_command_line_pretrains_resumes_and_evaluates(tmp_path):
     assert {"metrics.csv", "args.json", "checkpoint.pt"} <= {path.name for path in run_dir.iterdir()}
     before = {path: path.stat().st_mtime_ns for path in run_dir.iterdir()}
     evaluation = run("--eval-only", str(run_dir / "checkpoint.pt"))
+    assert evaluation.startswith("evaluation: return_mean ") and ", distance_mean " in evaluation
     assert evaluation.strip() in printed  # the saved model scores what it scored in memory
     assert before == {path: path.stat().st_mtime_ns for path in run_dir.iterdir()}
     run("--resume", str(run_dir), "--updates", "9")

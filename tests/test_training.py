@@ -19,6 +19,7 @@ from torch.distributions.transforms import TanhTransform
 
 import pretrain_dt
 from pretrain_dt import (
+    EVALUATION,
     LOSSES,
     METRICS,
     Args,
@@ -44,6 +45,7 @@ from pretrain_dt import (
     run_evaluation,
     save_checkpoint,
     stream,
+    write_file,
 )
 
 KINDS = pytest.mark.parametrize("kind", ["dt", "reinformer"])
@@ -461,19 +463,54 @@ def test_resumed_run_equals_one_that_never_stopped(runs, kind, stops, tmp_path):
     assert_same_run(run_dir, runs[kind])
 
 
+def half_written(path, content):
+    """A write that stops in the middle: what a full disk or a kill leaves."""
+    with open(path, "wb") as file:
+        file.write(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("where", ["in the middle of the file", "at the renaming"])
 @pytest.mark.parametrize(
-    ("death", "outcome"),
-    [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left on device"), SystemExit)],
+    ("death", "outcome", "match"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (OSError(28, "No space left on device"), SystemExit, "cannot write .*checkpoint.pt: No space left on device"),
+    ],
 )
-def test_a_checkpoint_that_cannot_be_finished_leaves_the_one_before_whole(death, outcome, tmp_path, monkeypatch):
-    def fail(descriptor):
+def test_a_checkpoint_that_cannot_be_finished_leaves_the_one_before_whole(
+    death, outcome, match, where, tmp_path, monkeypatch
+):
+    def fail(*arguments):
+        if where == "in the middle of the file":
+            half_written(*arguments)
         raise death
 
     save_checkpoint(tmp_path / "checkpoint.pt", {"iteration": 1})
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(outcome):
-        save_checkpoint(tmp_path / "checkpoint.pt", {"iteration": 2})
-    assert progress(tmp_path) == 1
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(*((Path, "write_bytes") if where == "in the middle of the file" else (os, "replace")), fail)
+        with pytest.raises(outcome, match=match):
+            save_checkpoint(tmp_path / "checkpoint.pt", {"iteration": 2})
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before and progress(tmp_path) == 1
+    if outcome is SystemExit:  # a full disk is not filled further by halves
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    save_checkpoint(tmp_path / "checkpoint.pt", {"iteration": 3})
+    assert progress(tmp_path) == 3 and [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_file_is_written_beside_the_old_one_and_then_renamed(tmp_path, monkeypatch):
+    path, seen = tmp_path / "args.json", []
+    path.write_bytes(b"old")
+    rename = os.replace
+
+    def watched(source, target):
+        seen.append((Path(source).parent, Path(source).read_bytes(), Path(target), path.read_bytes()))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    write_file(path, b"new")
+    assert seen == [(tmp_path, b"new", path, b"old")]
+    assert [each.name for each in tmp_path.iterdir()] == ["args.json"] and path.read_bytes() == b"new"
 
 
 def test_a_half_written_checkpoint_beside_the_whole_one_does_no_harm(runs, tmp_path):
@@ -519,6 +556,9 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(tmp_path):
     assert_same_run(run_dir, main(whole))
 
 
+SHOWN = ("return_mean", "return_std", "length_mean", "distance_mean", "normalized_score")
+
+
 @KINDS
 def test_a_saved_and_reloaded_checkpoint_scores_what_metrics_csv_says(runs, kind, tmp_path, capsys):
     path = str(runs[kind] / "checkpoint.pt")
@@ -529,12 +569,58 @@ def test_a_saved_and_reloaded_checkpoint_scores_what_metrics_csv_says(runs, kind
     envs = make_eval_envs(args, content["env_kwargs"], tmp_path)
     values = run_evaluation(args, model, envs, content["iteration"])
     assert row["iteration"] == "12" and float(row["eval/return_std"]) > 0
-    for name in ("eval/return_mean", "eval/return_std", "eval/length_mean", "eval/normalized_score"):
+    assert set(values) == {*EVALUATION, "time/eval"}
+    for name in EVALUATION:
         assert repr(values[name]) == row[name]
     before, printed = sorted(runs[kind].iterdir()), capsys.readouterr().out
     eval_only(args)
-    assert capsys.readouterr().out == printed and printed.startswith("evaluation: return ")
+    numbers = [f"{float(row[f'eval/{name}']):,.1f}" for name in SHOWN]
+    shown = ", ".join(f"{name} {number}" for name, number in zip(SHOWN, numbers))
+    assert capsys.readouterr().out == printed == f"evaluation: {shown} (2 episodes, g = 3,600)\n"
     assert sorted(runs[kind].iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("env_id", "distances", "row", "line"),
+    [
+        (
+            "Hopper-v5",
+            [0.5, 7.75],
+            [1416.6, 183.4, 250.0, 4.125, 100 * (1416.6 + 20.272305) / 3254.572305],
+            "return_mean 1,416.6, return_std 183.4, length_mean 250.0, distance_mean 4.1, normalized_score 44.1",
+        ),
+        (
+            "Pendulum-v1",
+            [math.nan, math.nan],
+            [1416.6, 183.4, 250.0, math.nan, math.nan],
+            "return_mean 1,416.6, return_std 183.4, length_mean 250.0",
+        ),
+        (
+            "AdroitHandDoor-v1",
+            [math.nan, 3.0],  # one that is not known leaves the mean unknown
+            [1416.6, 183.4, 250.0, math.nan, 100 * (1416.6 + 56.512833) / 2937.0821417298737],
+            "return_mean 1,416.6, return_std 183.4, length_mean 250.0, normalized_score 50.2",
+        ),
+    ],
+    ids=["all", "no position, no score", "no position"],
+)
+def test_evaluation_gives_means_over_episodes_and_prints_those_that_are_known(
+    env_id, distances, row, line, monkeypatch, capsys
+):
+    played = []
+
+    def outcome(*arguments):
+        played.append(arguments)
+        return np.array([1233.2, 1600.0]), np.array([100, 400]), np.array(distances)
+
+    monkeypatch.setattr(pretrain_dt, "evaluate", outcome)
+    args = toy_args(env_id=env_id, g_eval=7200.0, seed=4)
+    values = run_evaluation(args, "model", ["env", "env"], 30)
+    assert [values.pop(name) for name in EVALUATION] == pytest.approx(row, rel=1e-12, nan_ok=True)
+    assert list(values) == ["time/eval"] and 0.0 <= values["time/eval"] < 5.0
+    assert capsys.readouterr().out == f"evaluation: {line} (2 episodes, g = 7,200)\n"
+    seeds = [stream(4, 30, f"evaluation {i}") for i in range(2)]
+    assert played == [("model", ["env", "env"], 7200.0, 2, seeds)]
 
 
 def test_eval_only_takes_the_checkpoints_arguments_but_for_those_of_the_evaluation(runs):
@@ -649,9 +735,11 @@ def test_tensorboard_of_a_resumed_run_forgets_the_closing_row_that_metrics_csv_d
 
 def test_environment_outside_the_table_is_evaluated_at_the_best_return_of_the_data(tmp_path):
     run_dir = main(toy_args(env_id="Pendulum-v1", dataset_steps=400, updates=2, run_dir=str(tmp_path / "pendulum")))
-    content, last = checkpoint(run_dir), learning_columns(run_dir)[-1]
+    content, (header, *_, last) = checkpoint(run_dir), learning_columns(run_dir)
     assert content["g_eval"] == content["dataset_best_return"] < 0
-    assert last[-1] == "" and float(last[-4]) < 0  # no reference returns: a return, but no score
+    row = dict(zip(header, last, strict=True))
+    assert float(row["eval/return_mean"]) < 0 and float(row["eval/length_mean"]) == 200.0
+    assert row["eval/normalized_score"] == row["eval/distance_mean"] == ""  # no reference returns, no position
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(runs):
