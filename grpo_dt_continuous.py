@@ -1379,7 +1379,7 @@ def main(args: Args) -> Path:
     first, begun = iteration, time.time()
     while iteration < args.iterations:
         iteration, clock = iteration + 1, [time.time()]
-        policy, count = rollout_copy(model), args.n_trajectories if replay else args.n_sources  # departure (8)
+        policy, count = rollout_copy(model), args.n_trajectories if replay else len(envs)  # departure (8)
         episodes = collect(policy, envs[:count], args, iteration)  # line 2
         replay = [*replay, *episodes][-args.replay_size :]
         clock.append(time.time())
