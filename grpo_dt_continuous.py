@@ -1109,8 +1109,8 @@ def load_checkpoint(path: Path) -> dict:
         die(f"checkpoint {path} not found: give the folder of a run, or the checkpoint.pt in it.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        for key in ("script", "iteration", "sizes", "weights", "args", "env_id", "env_kwargs", "g_eval"):
-            content[key]  # a KeyError if it is missing
+        if not {"script", "iteration", "sizes", "weights", "args", "env_id", "env_kwargs", "g_eval"} <= content.keys():
+            raise KeyError
     except Exception:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError and more
         die(f"{path} is damaged, or no checkpoint of these scripts: take another.")
     return content
