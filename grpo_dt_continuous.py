@@ -96,7 +96,7 @@ class Args:
     l_eval: int | None = None
     """L_eval: steps with the mean action after them, for the score only [steps; None: the row]"""
     gamma: float | None = None
-    """gamma: discount per step within a score [None: the row]"""
+    """gamma: discount per step [None: the row]"""
     delta_r: float | None = None
     """Delta_r: members whose score is this close to the group's mean leave [raw discounted reward; None: the row]"""
     g_online: float | None = None
@@ -192,7 +192,7 @@ def row_of(env_id: str, kind: str) -> tuple[str, str] | None:
     return next((key for key in keys if key in ROWS), None)
 
 
-def fill_from_table_6(args: Args, kind: str, best_return: float) -> str:
+def fill_from_table(args: Args, kind: str, best_return: float) -> str:
     """Fill the fields of `args` that are None from the row of the task and the kind of data; returns a line about it.
 
     A task outside the table gets Hopper's row and g_online = best + |best| of the dataset's returns.
@@ -287,7 +287,8 @@ class D4RLRules(gym.Wrapper):
 def make_env(env_id: str, env_kwargs: dict | None = None, render_mode: str | None = None) -> gym.Env:
     """The environment `env_id` under D4RL's rules, with flat observations.
 
-    Exits with a line if it is unknown, or if observations or actions are not a flat Box, that of actions bounded.
+    Exits with a line if it is unknown or has no time limit, or if observations or actions are not a flat Box, that of
+    actions bounded.
     """
     task, kwargs = task_of(env_id), dict(env_kwargs or {})
     if task == "AdroitHandPen":
@@ -309,6 +310,8 @@ def make_env(env_id: str, env_kwargs: dict | None = None, render_mode: str | Non
         die(f"{env_id} has actions {actions} and observations {seen}: both must be flat Boxes (goal keys may stay).")
     if not np.all(np.isfinite([actions.low, actions.high])):
         die(f"{env_id} has unbounded actions {actions}: they are scaled between their bounds, so give it finite ones.")
+    if env.spec.max_episode_steps is None:
+        die(f"{env_id} has no time limit, so an episode might never end: register it with max_episode_steps.")
     return D4RLRules(env)
 
 
@@ -484,12 +487,10 @@ class LocomotionPool(SimulatorPool):
 
 
 def make_pool(env: gym.Env, size: int, threads: int) -> SimulatorPool:
-    """The fast way where there is one. Exits with a line if `env` is no MuJoCo environment or has no time limit."""
+    """The fast way where there is one. Exits with a line if `env` is no MuJoCo environment."""
     name = env.spec.id
     if not (hasattr(simulator_of(env), "model") and hasattr(simulator_of(env), "data")):
         die(f"{name} is no MuJoCo environment to reset to a state: use q_guided_grpo_dt.py or ppo_dt_continuous.py.")
-    if env.spec.max_episode_steps is None:
-        die(f"{name} has no time limit, so a full trajectory might never end: register it with one.")
     fast = type(env.unwrapped).__module__.startswith("gymnasium.envs.mujoco") and task_of(name) in LocomotionPool.TASKS
     return (LocomotionPool if fast else SimulatorPool)(env, size, threads)
 
@@ -875,8 +876,9 @@ def rollout_groups(
         alive = alive[~terminated & (h + 1 < last[alive])]
     seen = [torch.from_numpy(field).to(device) for field in recorded(history, length)]
     new_returns = seen[1]
-    if args.hindsight:  # realised return-to-go of each sampled step; windows at context 1
-        reached = rewards[::-1].cumsum(0)[::-1][:length].T
+    if args.hindsight:  # the returns-to-go reached, also those of the K - 1 steps before the reset point
+        earlier = np.stack([np.pad(source.rewards, (before, 0))[h : h + before] for source, h in members], axis=1)
+        reached = np.concatenate([earlier, rewards])[::-1].cumsum(0)[::-1][: before + length].T  # (N, K - 1 + L)
         new_returns = torch.from_numpy(reached.astype(np.float32)).to(device)
     zeros = torch.zeros(n, length, device=device)
     sub = SubTrajectories(*seen, torch.from_numpy(u).to(device), new_returns, zeros, zeros[:, 0])
@@ -924,11 +926,11 @@ class Lamb(torch.optim.Optimizer):
                 m, v = self.state[p]["m"], self.state[p]["v"]
                 m.lerp_(p.grad, 1.0 - beta1)
                 v.mul_(beta2).addcmul_(p.grad, p.grad, value=1.0 - beta2)
-                direction = m / correction1 / ((v / correction2).sqrt() + group["eps"])  # Adam's
-                direction += group["weight_decay"] * p
+                root = v.sqrt().mul_(correction2**-0.5).add_(group["eps"])
+                direction = torch.addcdiv(group["weight_decay"] * p, m, root, value=1.0 / correction1)  # Adam's, decay
                 p_norm, norm = p.norm(), direction.norm()
                 trust = torch.where((p_norm > 0) & (norm > 0), p_norm / norm, 1.0)  # a zero tensor: a plain step
-                p.sub_(group["lr"] * trust * direction)
+                p.addcmul_(direction, -group["lr"] * trust)
 
 
 def masked_mean(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
@@ -936,8 +938,9 @@ def masked_mean(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     return (values * real).sum() / real.sum()
 
 
-def distribution(model: DecisionTransformer, sub: SubTrajectories, returns: torch.Tensor) -> SquashedGaussian:
-    """The policy at each sampled step, from the very window that the rollout saw: (B, L, A)."""
+def distribution(model: DecisionTransformer, sub, returns: torch.Tensor) -> SquashedGaussian:
+    """The policy (B, L, A) at each step of `sub`, from the very window that the rollout saw. sub: observations, actions
+    and real, as `returns` (B, K - 1 + L, ...), and u (B, L, A)."""
     batch, length, _ = sub.u.shape
     fields = (sub.observations, returns, sub.actions, sub.real)
     observations, g, actions, real = (windows(field, sub.real.shape[1] - length + 1) for field in fields)
@@ -1163,8 +1166,8 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     return args
 
 
-MAY_BE_ZERO = ("seed", "dropout", "weight_decay", "kappa_lr", "return_loss_weight", "beta", "delta_r", "l_eval")
-MAY_BE_NEGATIVE = ("g_eval", "g_online")
+MAY_BE_ZERO = "seed dropout weight_decay kappa_lr return_loss_weight beta delta_r l_eval gae_lambda value_warmup"
+MAY_BE_NEGATIVE = "g_eval g_online"
 
 
 def check_args(args) -> None:
@@ -1174,7 +1177,8 @@ def check_args(args) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and not math.isfinite(value):
             die(f"{flag} is {value}: give a finite number.")
-        if number and not (value > 0 or name in MAY_BE_NEGATIVE or (value == 0 and name in MAY_BE_ZERO)):
+        zero, negative = name in MAY_BE_ZERO.split(), name in MAY_BE_NEGATIVE.split()
+        if number and not (value > 0 or negative or (value == 0 and zero)):
             die(f"{flag} is {value}: give one above 0.")
         if name in ("dropout", "expectile") and value >= 1.0:
             die(f"{flag} is {value}: give a number below 1.")
@@ -1301,27 +1305,36 @@ def pretrained_on_random(args: Args) -> Path:
 
 
 def start(args: Args) -> tuple[dict, dict | None]:
-    """The checkpoint to begin with, and the same once more if it is a run that goes on. Fills `args`."""
+    """The checkpoint to begin with, and the same once more if it is a run that goes on. Fills `args` from the table."""
     check_args(args)
-    exclusive = [("full_trajectories", "mixed_groups"), ("full_trajectories", "random_points")]
-    for one, other in [*exclusive, ("token_ratio", "geometric_mean")]:
-        if getattr(args, one) and getattr(args, other):
-            die(f"--{one} and --{other} exclude each other: give one.".replace("_", "-"))
-    if args.group_size < 2:
-        die(f"--group-size is {args.group_size}: an advantage is relative to a group, give 2 or more.")
     choose_run_dir(args)  # an occupied one is refused before minutes of pretraining
     saved = load_checkpoint(Path(args.resume)) if args.resume else None
     base = saved or load_checkpoint(Path(args.pretrained or pretrained_on_random(args)))
     if base["env_id"] != args.env_id:
         die(f"{args.pretrained} was pretrained in {base['env_id']}, not in {args.env_id}: give the one or the other.")
     args.embed_dim = base["sizes"]["embed_dim"]
-    line = fill_from_table_6(args, base["dataset_kind"], base["dataset_best_return"])
-    if args.hindsight and args.c_online > 1:
-        die(f"--hindsight relabels single steps, as in Fig. 1: it does not go with a context of {args.c_online}.")
+    line = fill_from_table(args, base["dataset_kind"], base["dataset_best_return"])
     if saved and saved["iteration"] > args.iterations:
         die(f"{args.resume} is at iteration {saved['iteration']}: give --iterations {saved['iteration']} or more.")
     print(line, flush=True)
     return base, saved
+
+
+def run_facts(base: dict, args: Args, dtype: torch.dtype) -> dict:
+    """What every checkpoint of a run says beside weights and state: plain types, for whoever resumes or evaluates."""
+    facts = {key: base[key] for key in ("sizes", "env_id", "env_kwargs", "dataset", "dataset_best_return")}
+    facts |= dict(script=Path(__file__).stem, dataset_kind=args.dataset_kind, precision=str(dtype))
+    return facts | dict(g_eval=args.g_eval, c_online=args.c_online, args=vars(args) | {"resume": None})
+
+
+def check_flags(args: Args) -> None:
+    """Exits with a line on flags that do not go together."""
+    exclusive = [("full_trajectories", "mixed_groups"), ("full_trajectories", "random_points")]
+    for one, other in [*exclusive, ("token_ratio", "geometric_mean")]:
+        if getattr(args, one) and getattr(args, other):
+            die(f"--{one} and --{other} exclude each other: give one.".replace("_", "-"))
+    if args.group_size < 2:
+        die(f"--group-size is {args.group_size}: an advantage is relative to a group, give 2 or more.")
 
 
 def row_of_iteration(
@@ -1351,6 +1364,7 @@ def row_of_iteration(
 
 def main(args: Args) -> Path:
     """Algorithm 1; returns the run's folder."""
+    check_flags(args)
     base, saved = start(args)
     device, dtype = set_up_torch(args)
     envs = [make_env(args.env_id, base["env_kwargs"]) for _ in range(max(args.n_sources, args.n_trajectories))]
@@ -1366,10 +1380,7 @@ def main(args: Args) -> Path:
         learner.load_state(saved["learner"])
         iteration, steps = saved["iteration"], saved["steps"]
         replay = [Trajectory(*(field.numpy() for field in each)) for each in saved["replay"]]
-    facts = {key: base[key] for key in ("sizes", "env_id", "env_kwargs", "dataset", "dataset_best_return")}
-    facts |= dict(script=Path(__file__).stem, dataset_kind=args.dataset_kind, precision=str(dtype))
-    facts |= dict(g_eval=args.g_eval, c_online=args.c_online, args=vars(args) | {"resume": None})
-    run_dir = choose_run_dir(args)
+    facts, run_dir = run_facts(base, args, dtype), choose_run_dir(args)
     eval_envs = make_eval_envs(args, base["env_kwargs"], run_dir / "videos")
     log = RunLog(run_dir, METRICS, args, saved)
     print(f"{device.type}, {args.threads} threads, {dtype}, {size} sub-trajectories, in {run_dir}", flush=True)

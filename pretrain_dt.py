@@ -162,7 +162,7 @@ ROWS = {
 }
 
 
-def fill_from_table(args: Args) -> str:
+def fill_from_row(args: Args) -> str:
     """Fill the fields of `args` that are None from the task's row; returns a line that says which row that is."""
     task, name = task_of(args.env_id), Path(args.dataset).name.lower().replace("_", "-")
     if args.dataset_kind is None:
@@ -266,7 +266,8 @@ class D4RLRules(gym.Wrapper):
 def make_env(env_id: str, env_kwargs: dict | None = None, render_mode: str | None = None) -> gym.Env:
     """The environment `env_id` under D4RL's rules, with flat observations.
 
-    Exits with a line if it is unknown, or if observations or actions are not a flat Box, that of actions bounded.
+    Exits with a line if it is unknown or has no time limit, or if observations or actions are not a flat Box, that of
+    actions bounded.
     """
     task, kwargs = task_of(env_id), dict(env_kwargs or {})
     if task == "AdroitHandPen":
@@ -288,6 +289,8 @@ def make_env(env_id: str, env_kwargs: dict | None = None, render_mode: str | Non
         die(f"{env_id} has actions {actions} and observations {seen}: both must be flat Boxes (goal keys may stay).")
     if not np.all(np.isfinite([actions.low, actions.high])):
         die(f"{env_id} has unbounded actions {actions}: they are scaled between their bounds, so give it finite ones.")
+    if env.spec.max_episode_steps is None:
+        die(f"{env_id} has no time limit, so an episode might never end: register it with max_episode_steps.")
     return D4RLRules(env)
 
 
@@ -787,11 +790,11 @@ class Lamb(torch.optim.Optimizer):
                 m, v = self.state[p]["m"], self.state[p]["v"]
                 m.lerp_(p.grad, 1.0 - beta1)
                 v.mul_(beta2).addcmul_(p.grad, p.grad, value=1.0 - beta2)
-                direction = m / correction1 / ((v / correction2).sqrt() + group["eps"])  # Adam's
-                direction += group["weight_decay"] * p
+                root = v.sqrt().mul_(correction2**-0.5).add_(group["eps"])
+                direction = torch.addcdiv(group["weight_decay"] * p, m, root, value=1.0 / correction1)  # Adam's, decay
                 p_norm, norm = p.norm(), direction.norm()
                 trust = torch.where((p_norm > 0) & (norm > 0), p_norm / norm, 1.0)  # a zero tensor: a plain step
-                p.sub_(group["lr"] * trust * direction)
+                p.addcmul_(direction, -group["lr"] * trust)
 
 
 def masked_mean(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
@@ -1064,8 +1067,8 @@ def eval_only(args) -> None:
         env.close()
 
 
-MAY_BE_ZERO = ("seed", "dropout", "weight_decay", "kappa_lr", "return_loss_weight", "beta", "delta_r", "l_eval")
-MAY_BE_NEGATIVE = ("g_eval", "g_online")
+MAY_BE_ZERO = "seed dropout weight_decay kappa_lr return_loss_weight beta delta_r l_eval gae_lambda value_warmup"
+MAY_BE_NEGATIVE = "g_eval g_online"
 
 
 def check_args(args) -> None:
@@ -1075,7 +1078,8 @@ def check_args(args) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and not math.isfinite(value):
             die(f"{flag} is {value}: give a finite number.")
-        if number and not (value > 0 or name in MAY_BE_NEGATIVE or (value == 0 and name in MAY_BE_ZERO)):
+        zero, negative = name in MAY_BE_ZERO.split(), name in MAY_BE_NEGATIVE.split()
+        if number and not (value > 0 or negative or (value == 0 and zero)):
             die(f"{flag} is {value}: give one above 0.")
         if name in ("dropout", "expectile") and value >= 1.0:
             die(f"{flag} is {value}: give a number below 1.")
@@ -1108,7 +1112,7 @@ def check_resumed(saved: dict, facts: dict, args: Args) -> None:
         die(f"{args.resume} is at update {saved['iteration']:,} already: give --updates {saved['iteration']} or more.")
 
 
-def run_facts(args: Args, model: DecisionTransformer, data: Trajectories, env_kwargs: dict, dtype) -> dict:
+def pretraining_facts(args: Args, model: DecisionTransformer, data: Trajectories, env_kwargs: dict, dtype) -> dict:
     """What every checkpoint of a run says beside weights and state: plain types, for whoever finetunes or evaluates."""
     best_return = float(data.episode_returns().max())
     args.g_eval = best_return if args.g_eval is None else args.g_eval
@@ -1130,7 +1134,7 @@ def main(args: Args) -> Path:
     """Pretrain, or go on with a run; returns the run's folder."""
     check_args(args)
     saved = load_checkpoint(Path(args.resume)) if args.resume else None
-    print(fill_from_table(args), flush=True)
+    print(fill_from_row(args), flush=True)
     env_kwargs = saved["env_kwargs"] if saved else maze_kwargs(args)
     env, (device, dtype) = make_env(args.env_id, env_kwargs), set_up_torch(args)
     data = load_trajectories(args, env)
@@ -1139,7 +1143,7 @@ def main(args: Args) -> Path:
     model = load_model(saved, args.dropout) if saved else new_model(args, data)
     learner = Learner(model.use_precision(dtype).to(device), args)
     sampler = WindowSampler(data, args.c_offline, device)
-    facts = run_facts(args, model, data, env_kwargs, dtype)
+    facts = pretraining_facts(args, model, data, env_kwargs, dtype)
     if saved:
         check_resumed(saved, facts, args)
         learner.load_state(saved)

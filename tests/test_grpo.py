@@ -32,7 +32,7 @@ from grpo_dt_continuous import (
     choose_points,
     collect,
     distribution,
-    fill_from_table_6,
+    fill_from_table,
     group_advantages,
     grpo_loss,
     importance_ratio,
@@ -128,7 +128,7 @@ NAMES = [
 
 def filled(env_id, kind, best=100.0, **given):
     args = Args(env_id=env_id, **given)
-    line = fill_from_table_6(args, kind, best)
+    line = fill_from_table(args, kind, best)
     return args, line
 
 

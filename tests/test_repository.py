@@ -195,11 +195,11 @@ def test_exceptions_name_fields_that_exist():
 def unread_fields(source: str) -> set[str]:
     """Fields of Args that nothing reads: neither args.NAME, nor "NAME" in a function that calls getattr(args, ...).
 
-    Filling a field from a table (fill_from_table) and checking its range (check_args) is no use of it.
+    Filling a field from a table (fill_from_table, fill_from_row) and checking its range (check_args) is no use of it.
     """
     used = set()
     for part in ast.parse(source).body:
-        if getattr(part, "name", None) in ("Args", "fill_from_table", "check_args"):
+        if getattr(part, "name", None) in ("Args", "fill_from_table", "fill_from_row", "check_args"):
             continue
         nodes = list(ast.walk(part))
         calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr"]

@@ -31,7 +31,7 @@ from pretrain_dt import (
     WindowSampler,
     eval_only,
     expectile_loss,
-    fill_from_table,
+    fill_from_row,
     load_checkpoint,
     load_model,
     load_trajectories,
@@ -323,7 +323,7 @@ def test_reinformer_predicts_the_best_of_two_returns_from_the_same_state(expecti
 
 def filled(**changes):
     args = Args(**changes)
-    return args, fill_from_table(args)
+    return args, fill_from_row(args)
 
 
 @pytest.mark.parametrize(
