@@ -719,11 +719,20 @@ def test_hindsight_relabels_with_the_returns_reached_at_the_end_of_the_episode()
     torch.testing.assert_close(fall, relabelled, atol=1e-3, rtol=0)  # either way by the reward of the step
     assert (sub.new_returns[:, 0].numpy() < groups.scores).all()  # every reward of Pusher is negative
 
-    falling = roll(hindsight=True, gamma=1.0, l_eval=60, n_sources=4, random_points=True)
-    ended = falling.groups.lengths < 64
+
+@CONTEXTS
+def test_hindsight_relabels_sub_trajectories_that_fall_and_the_steps_before_their_reset_point(context):
+    falling = roll(hindsight=True, gamma=1.0, l_eval=60, n_sources=4, random_points=True, c_online=context)
+    groups, before = falling.groups, context - 1
+    ended = groups.lengths < 64
     assert ended.sum() > 4
-    reached = falling.groups.sub.new_returns[ended, 0].numpy()
-    np.testing.assert_allclose(reached, falling.groups.scores[ended], rtol=1e-5)
+    reached = groups.sub.new_returns[ended].numpy()
+    np.testing.assert_allclose(reached[:, before], groups.scores[ended], rtol=1e-5)
+    for row, (source, h) in enumerate(np.repeat(np.array(falling.points, object), 4, axis=0)[ended]):
+        for j in range(1, min(before, h) + 1):  # what the source got on the way to the reset point comes on top
+            assert reached[row, before - j] == pytest.approx(
+                reached[row, before] + source.rewards[h - j : h].sum(), rel=1e-4
+            )
 
 
 def test_the_reference_is_the_policy_of_every_fourth_update():
@@ -1079,7 +1088,6 @@ def test_a_command_without_a_checkpoint_pretrains_and_finetunes(tmp_path):
     "flags, match",
     [
         ({"env_id": "Walker2d-v5"}, "was pretrained in Hopper-v5, not in Walker2d-v5"),
-        ({"hindsight": True, "c_online": 5}, "--hindsight .* does not go with a context of 5"),
         ({"group_size": 1}, "--group-size is 1: .* give 2 or more"),
         ({"full_trajectories": True, "mixed_groups": True}, "--full-trajectories .*--mixed-groups"),
         ({"full_trajectories": True, "random_points": True}, "--full-trajectories .*--random-points"),
