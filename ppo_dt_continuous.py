@@ -1077,8 +1077,8 @@ def pretrained_on_random(args: Args) -> Path:
         return target
     own = target.with_name(f"{target.name}.{os.getpid()}")  # parallel runs make their own, the first one stays
     flags = dict(env_id=args.env_id, embed_dim=args.embed_dim, seed=args.seed, device=args.device, run_dir=own)
-    # [17] a context of c_online and few small minibatches at a large rate: quick, and groups whose members differ
-    flags |= dict(c_offline=context, c_online=context, updates=500, batch_size=max(16, 64 // context), lr=3e-3)
+    # [17] a context of c_online and small minibatches at a large rate: quick, and groups whose members differ
+    flags |= dict(c_offline=context, c_online=context, updates=1000, batch_size=max(8, 32 // context), lr=1e-3)
     flags["dataset_steps"] = 30_000
     flags |= {"threads": args.threads} if args.threads else {}
     command = [sys.executable, str(Path(__file__).with_name("pretrain_dt.py")), "--bf16" if args.bf16 else "--no-bf16"]
