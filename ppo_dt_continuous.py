@@ -818,8 +818,9 @@ class PPOLearner:
             self.dual.zero_grad()
             (kappa * (values["entropy"].detach() + self.model.act_dim)).backward()
             self.dual.step()
+            value_loss = self.update_value(sub)
             self.updates += 1
-            values |= {"loss": loss, "kappa": kappa, "value_loss": self.update_value(sub)}
+            values |= {"loss": loss, "kappa": kappa, "value_loss": value_loss}
             logged.append(torch.stack([values[name].detach() for name in LOSSES]))
         table = torch.stack(logged).cpu()  # the only wait for the device
         losses = dict(zip(LOSSES, table.mean(0).tolist()))
