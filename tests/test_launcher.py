@@ -1,0 +1,541 @@
+"""benchmark/run.py and the shell scripts: what is run, resumed, skipped, stopped and refused, and that every line is
+what the paper's tables say."""
+
+import csv
+import fcntl
+import importlib
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHELL = ["pretrain_dt", "grpo_dt", "ppo_dt", "q_guided_grpo_dt", "ablations"]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmark" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+run, report = load("run"), load("report")
+
+# A script that behaves as ours do towards the launcher: a row, then the checkpoint, per iteration; --resume goes on.
+# A file in the working directory makes it hang (hang), hang and ignore Ctrl-C (deaf), fail (break), end early (short).
+FAKE = """
+import csv, json, os, pickle, signal, sys, time, zipfile
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = flags.get("--resume") or flags["--run-dir"]
+open("starts", "a").write(f"{os.path.basename(folder)} {os.environ['OMP_NUM_THREADS']}\\n")
+first, checkpoint = 0, folder + "/checkpoint.pt"
+if "--pretrained" in flags and not os.path.exists(flags["--pretrained"] + "/checkpoint.pt"):
+    sys.exit("error: nothing pretrained")
+if "--resume" in flags:
+    with zipfile.ZipFile(checkpoint) as archive:
+        first = pickle.loads(archive.read("archive/data.pkl"))["iteration"]
+    flags = json.load(open(folder + "/args.json"))["args"] | flags
+    lines = open(folder + "/metrics.csv").read().splitlines(keepends=True)[: first + 1]
+else:
+    lines = ["iteration,eval/return_mean\\n"]
+open(folder + "/metrics.csv", "w").write("".join(lines))
+total = int(flags.get("--iterations") or flags["iterations"])
+json.dump({"args": {"iterations": total}}, open(folder + "/args.json", "w"))
+if os.path.exists("deaf"):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+open(folder + "/pid", "w").write(str(os.getpid()))
+for i in range(first + 1, total + 1):
+    open(folder + "/metrics.csv", "a").write(f"{i},{10 * i}\\n")
+    if i == 3 and os.path.exists("short"):
+        sys.exit(0)
+    if i == 3 and os.path.exists("break"):
+        sys.exit("error: broken in the third")
+    while i == 3 and (os.path.exists("hang") or os.path.exists("deaf")):
+        time.sleep(0.05)
+    with zipfile.ZipFile(checkpoint + ".tmp", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"args": {"iterations": 9}, "iteration": i}, protocol=2))
+    os.replace(checkpoint + ".tmp", checkpoint)
+print("the end")
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory with the fake script."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("SEEDS", "WORKERS", "EXTRA", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    Path("fake.py").write_text(FAKE)
+    return tmp_path
+
+
+LINES = "a python fake.py --iterations 4\n# a comment\n\nb python fake.py --iterations 5 --lr 1e-3\n"
+
+
+def launcher(*arguments, lines=LINES, **environment):
+    """The launcher in a process of its own: (exit code, stdout, stderr)."""
+    command = [sys.executable, str(ROOT / "benchmark" / "run.py"), *arguments]
+    settings = os.environ | {"SEEDS": "1"} | environment
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, env=settings, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+def starts():
+    return [line.split()[0] for line in Path("starts").read_text().splitlines()] if Path("starts").exists() else []
+
+
+def iterations(folder):
+    with open(f"runs/{folder}/metrics.csv", newline="") as file:
+        return [int(row["iteration"]) for row in csv.DictReader(file)]
+
+
+# Lines
+
+
+def test_flags_and_words():
+    words = ["--lr", "1", "--on", "--x=2", "--g", "-1", "--lr", "3"]
+    flags = {"--on": [], "--x": ["2"], "--g": ["-1"], "--lr": ["3"]}
+    assert run.flags_of(words) == flags
+    assert run.words_of(flags) == ["--on", "--x", "2", "--g", "-1", "--lr", "3"]
+    with pytest.raises(SystemExit, match='error: "5" is no flag'):
+        run.flags_of(["5", "--lr"])
+
+
+def test_a_line_becomes_a_run_per_seed():
+    runs = run.runs_of("n  python s.py --lr 1 --pretrained runs/p__{seed}\n", ["3", "4"], "runs", False, "--lr 2 --on")
+    assert [each.name for each in runs] == ["n__3", "n__4"]
+    assert runs[1].needs == Path("runs/p__4")
+    assert shlex.join(runs[0].command()) == (
+        "python s.py --lr 2 --pretrained runs/p__3 --on --seed 3 --run-dir runs/n__3"
+    )
+    assert runs[0].command(resume=True) == ["python", "s.py", "--resume", "runs/n__3"]
+
+
+def test_quick_replaces_sizes_and_data_and_keeps_what_the_line_is_about():
+    line = "n python grpo_dt_continuous.py --l-traj 5 --n-batch 4 --iterations 500 --pretrained runs/p__{seed}"
+    (quick,) = run.runs_of(line, ["1"], "runs/quick", True)
+    assert quick.folder == Path("runs/quick/n__1") and quick.needs == Path("runs/quick/p__1")
+    assert quick.flags["--l-traj"] == ["5"]
+    assert (quick.flags["--iterations"], quick.flags["--buffer-size"]) == (["2"], ["16"])
+    (quick,) = run.runs_of("n python pretrain_dt.py --dataset x.hdf5", ["1"], "runs/quick", True)
+    assert quick.flags["--dataset"] == ["random"]
+
+
+def test_lines_that_make_no_sense_are_refused():
+    for text, reason in {"n --lr 1": "is not", "n python s.py\nn python t.py": "two lines or seeds"}.items():
+        with pytest.raises(SystemExit, match=reason):
+            run.runs_of(text, ["1"], "runs", False)
+    with pytest.raises(SystemExit, match="no line's name"):
+        run.selected(run.runs_of("n python s.py", ["1"], "runs", False), [], ["m"])
+
+
+def test_what_a_chosen_run_needs_is_chosen_with_it_and_comes_first():
+    others = run.runs_of("p python s.py\nq python s.py", ["1", "2"], "runs", False)
+    own = run.runs_of("n python s.py --pretrained runs/p__{seed}\nm python s.py", ["1", "2"], "runs", False)
+    names = [each.name for each in run.selected(own, others, ["n__2"])]
+    assert names == ["p__2", "n__2"]
+    assert [each.name for each in run.selected(own, others, [])] == ["p__1", "p__2", "n__1", "m__1", "n__2", "m__2"]
+
+
+# What a folder says
+
+
+def test_the_iteration_of_a_checkpoint_is_read_as_torch_reads_it(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    for iteration in (0, 7, 300, 70_000, 3_000_000_000):
+        args = {"iterations": 500, "env_id": "Hopper-v5", "resume": None}
+        torch.save(
+            {"script": "s", "args": args, "weights": {"w": torch.ones(3)}, "iteration": iteration, "rows": 3}, path
+        )
+        assert run.iteration_of(path) == torch.load(path, weights_only=True)["iteration"] == iteration
+    path.write_bytes(path.read_bytes()[:200])
+    assert run.iteration_of(path) == -1
+    assert run.iteration_of(tmp_path / "missing.pt") == -1
+
+
+def test_done_needs_the_checkpoint_and_the_closing_evaluation(place):
+    assert launcher()[0] == 0
+    (mine, _) = run.runs_of(LINES, ["1"], "runs", False)
+    table = Path("runs/a__1/metrics.csv")
+    whole, checkpoint = table.read_text(), Path("runs/a__1/checkpoint.pt").read_bytes()
+    assert run.state(mine) == "done"
+    table.write_text(whole.replace("4,40", "4,"))  # pretraining killed before its evaluation
+    assert run.state(mine) == "begun"
+    table.write_text(whole)
+    torch.save({"iteration": 3}, "runs/a__1/checkpoint.pt")  # killed between the row and the checkpoint
+    assert run.state(mine) == "begun"
+    Path("runs/a__1/checkpoint.pt").write_bytes(checkpoint)
+    assert run.state(mine) == "done"
+    mine.flags["--iterations"] = ["5"]
+    assert run.state(mine) == "begun"
+    Path("runs/a__1/checkpoint.pt").unlink()
+    assert run.state(mine) == "new"
+
+
+# Launching
+
+
+def test_runs_are_made_once_and_skipped_when_done(place):
+    code, printed, errors = launcher(SEEDS="1 2", WORKERS="2")
+    assert (code, errors) == (0, "") and "4 of 4 runs done, 0 failed" in printed
+    assert sorted(starts()) == ["a__1", "a__2", "b__1", "b__2"]
+    assert iterations("a__1") == [1, 2, 3, 4] and iterations("b__2") == [1, 2, 3, 4, 5]
+    assert Path("runs/b__1/log.txt").read_text() == (
+        "$ python fake.py --iterations 5 --lr 1e-3 --seed 1 --run-dir runs/b__1\nthe end\n"
+    )
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
+    code, printed, _ = launcher(SEEDS="1 2")
+    assert code == 0 and "4 of 4 runs done" in printed
+    assert len(starts()) == 4 and before == {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
+
+
+def test_a_run_that_fails_is_listed_with_its_reason_and_resumed_by_the_next_call(place):
+    Path("break").touch()
+    code, printed, errors = launcher(lines="c python fake.py --iterations 2\n" + LINES)
+    assert code == 1 and "1 of 3 runs done, 2 failed" in printed
+    assert errors == (
+        "failed: a__1: exit code 1: error: broken in the third (runs/a__1/log.txt)\n"
+        "failed: b__1: exit code 1: error: broken in the third (runs/b__1/log.txt)\n"
+    )
+    Path("break").unlink()
+    code, _, errors = launcher()
+    assert (code, errors) == (0, "") and iterations("a__1") == [1, 2, 3, 4]
+    assert "\n$ python fake.py --resume runs/a__1 --iterations 4\n" in Path("runs/a__1/log.txt").read_text()
+
+
+def test_exit_code_0_is_not_enough(place):
+    Path("short").touch()
+    code, _, errors = launcher("--only", "a__")
+    assert code == 1 and errors.startswith("failed: a__1: exit code 0 but not finished")
+
+
+def test_what_needs_a_failed_run_is_not_started(place):
+    lines = "n python fake.py --iterations 2 --pretrained runs/p__{seed}\n"
+    Path("needs").write_text("p python fake.py --iterations 4\nunused python fake.py --iterations 4\n")
+    Path("break").touch()
+    code, _, errors = launcher("--needs", "needs", lines=lines, WORKERS="2")
+    assert code == 1 and starts() == ["p__1"]
+    assert "failed: n__1: needs runs/p__1, which failed" in errors
+    Path("break").unlink()
+    code, _, errors = launcher("--needs", "needs", lines=lines, WORKERS="2")
+    assert (code, errors) == (0, "") and starts() == ["p__1", "p__1", "n__1"]
+    code, _, errors = launcher(lines="m python fake.py --iterations 2 --pretrained runs/none\n")
+    assert code == 1 and "error: nothing pretrained" in errors  # the script's own line
+
+
+def interrupt(number=signal.SIGINT, *arguments, again=False):
+    """Start the launcher on LINES with two workers, send it a signal when both runs hang in iteration 3, once or
+    twice; returns exit code, stdout and the seconds until it ended."""
+    command = [sys.executable, str(ROOT / "benchmark" / "run.py"), *arguments]
+    pipe = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, **pipe, env=os.environ | {"SEEDS": "1", "WORKERS": "2"})
+    process.stdin.write(LINES)
+    process.stdin.close()
+    process.stdin = None
+    deadline = time.time() + 60
+    while not all(Path(f"runs/{n}/metrics.csv").exists() and iterations(n)[-1:] == [3] for n in ("a__1", "b__1")):
+        assert time.time() < deadline, "the runs did not reach iteration 3"
+        time.sleep(0.02)
+    begun = time.time()
+    process.send_signal(number)
+    if again:
+        time.sleep(0.5)
+        process.send_signal(number)
+    printed, errors = process.communicate(timeout=60)
+    assert errors == ""
+    return process.returncode, printed, time.time() - begun
+
+
+def alive(folder):
+    try:
+        os.kill(int(Path(f"runs/{folder}/pid").read_text()), 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_all_and_the_same_command_goes_on(place, number):
+    Path("hang").touch()
+    code, printed, seconds = interrupt(number)
+    assert code == 130 and seconds < 20
+    assert "0 of 2 runs done, 0 failed\nstopped: the same command goes on" in printed
+    assert not alive("a__1") and not alive("b__1")
+    assert "KeyboardInterrupt" in Path("runs/a__1/log.txt").read_text()  # it was asked to stop, not killed
+    Path("hang").unlink()
+    code, _, errors = launcher()
+    assert (code, errors) == (0, "") and iterations("a__1") == [1, 2, 3, 4] and iterations("b__1") == [1, 2, 3, 4, 5]
+    assert "--resume runs/a__1" in Path("runs/a__1/log.txt").read_text()
+
+
+@pytest.mark.parametrize("arguments, again", [(["--grace", "0.5"], False), ([], True)])
+def test_a_run_that_ignores_ctrl_c_is_killed_after_a_while_or_at_a_second_one(place, arguments, again):
+    Path("deaf").touch()
+    code, _, seconds = interrupt(signal.SIGINT, *arguments, again=again)
+    assert code == 130 and 0.4 < seconds < 20
+    assert not alive("a__1") and not alive("b__1")
+
+
+def test_a_run_in_which_another_process_is_working_is_left_alone(place):
+    Path("runs/a__1").mkdir(parents=True)
+    with open("runs/a__1/log.txt", "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        code, _, errors = launcher()
+    assert code == 1 and errors.startswith("failed: a__1: another process is working in its folder")
+    assert starts() == ["b__1"]
+
+
+def test_a_child_keeps_its_lock_when_the_launcher_is_killed(place):
+    Path("hang").touch()
+    code, _, _ = interrupt(signal.SIGKILL)
+    try:
+        assert code == -signal.SIGKILL and alive("a__1")
+        code, _, errors = launcher("--only", "a__")
+        assert code == 1 and "another process is working" in errors and starts().count("a__1") == 1
+    finally:
+        Path("hang").unlink()
+
+
+def test_a_folder_begun_with_other_flags_is_refused_and_a_longer_run_goes_on(place):
+    assert launcher()[0] == 0
+    code, _, errors = launcher(EXTRA="--lr 1e-4")
+    assert code == 1 and len(starts()) == 2
+    assert "failed: a__1: begun with no --lr, now --lr 1e-4: " in errors
+    assert "failed: b__1: begun with --lr 1e-3, now --lr 1e-4: " in errors
+    code, _, errors = launcher("--only", "a__", EXTRA="--iterations 6")
+    assert (code, errors) == (0, "") and iterations("a__1") == [1, 2, 3, 4, 5, 6]
+    code, _, errors = launcher(lines="a python fake.py\n")
+    assert code == 1 and "begun with --iterations 4, now no --iterations" in errors
+
+
+def test_a_needed_run_that_is_done_is_taken_however_it_was_begun(place):
+    assert launcher("--only", "a__", EXTRA="--width 128")[0] == 0
+    Path("needs").write_text(LINES)
+    code, _, errors = launcher(
+        "--needs", "needs", lines="n python fake.py --iterations 2 --pretrained runs/a__{seed}\n"
+    )
+    assert (code, errors) == (0, "") and starts() == ["a__1", "n__1"]
+
+
+def test_a_wrong_number_of_workers_is_told_in_a_line(place):
+    for workers in ("0", "two"):
+        assert launcher(WORKERS=workers) == (1, "", f"error: WORKERS is {workers}: give 1 or more.\n")
+
+
+def test_workers_share_cores_and_gpus(place, monkeypatch):
+    monkeypatch.setattr(run, "cores", lambda: 7)
+    assert run.environment(0, 2)["OMP_NUM_THREADS"] == "3"
+    assert run.environment(0, 9)["OMP_NUM_THREADS"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in run.environment(1, 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert [run.environment(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["4", "6", "4"]
+    launcher("--only", "a__")
+    assert Path("starts").read_text() == f"a__1 {len(os.sched_getaffinity(0))}\n"
+
+
+def test_list_and_dry_run_start_nothing(place):
+    assert launcher("--list")[:2] == (0, LINES)
+    assert launcher("--only", "a__")[0] == 0
+    code, printed, _ = launcher("--dry-run", SEEDS="1 2")
+    assert code == 0 and [line.split()[0] for line in printed.splitlines()] == ["done", "new", "new", "new"]
+    assert starts() == ["a__1"]
+
+
+# Slurm
+
+
+def test_slurm_arrays_hold_what_is_not_done_and_a_task_makes_one_run(place):
+    Path("benchmark").mkdir()
+    for name in ("run.py", "slurm_array.sh"):
+        shutil.copy(ROOT / "benchmark" / name, "benchmark")
+    Path("bin").mkdir()
+    Path("bin/sbatch").write_text('#!/bin/sh\necho "$@" >> submitted\necho "42;cluster"\n')
+    Path("bin/sbatch").chmod(0o755)
+    Path("needs").write_text("p python fake.py --iterations 2\n")
+    lines = LINES + "n python fake.py --iterations 2 --pretrained runs/p__{seed}\n"
+    assert launcher("--only", "a__")[0] == 0
+    path = f"{Path('bin').resolve()}:{os.environ['PATH']}"
+    code, printed, _ = launcher("--needs", "needs", "--slurm", "print", lines=lines, WORKERS="8")
+    first, second = printed.splitlines()
+    assert code == 0 and not Path("submitted").exists()
+    assert first.startswith("first=$(sbatch --parsable --array=0-0%8 benchmark/slurm_array.sh runs/slurm/")
+    assert second.startswith('sbatch --parsable --array=0-1%8 --dependency="afterany:$first" benchmark/slurm_array.sh')
+    launcher("--needs", "needs", "--slurm", "submit", lines=lines, WORKERS="8", PATH=path)
+    one, two = Path("submitted").read_text().splitlines()
+    assert "--array=0-0%8 benchmark/" in one and "--array=0-1%8 --dependency=afterany:42 benchmark/" in two
+    listed = Path(two.split()[-1])
+    assert listed.read_text().splitlines() == [
+        "python fake.py --iterations 5 --lr 1e-3 --seed 1 --run-dir runs/b__1",
+        "python fake.py --iterations 2 --pretrained runs/p__1 --seed 1 --run-dir runs/n__1",
+    ]
+    task = os.environ | {"SLURM_ARRAY_TASK_ID": "0", "PYTHON": sys.executable}
+    done = subprocess.run(["bash", "benchmark/slurm_array.sh", str(listed)], env=task, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert starts() == ["a__1", "b__1"] and iterations("b__1") == [1, 2, 3, 4, 5]
+
+
+# The shell scripts
+
+
+def lines_of(name, quick=False, seeds=("1",), extra=""):
+    """The runs of a shell script."""
+    command = ["bash", str(ROOT / "benchmark" / f"{name}.sh"), "--list"]
+    listed = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
+    assert listed.returncode == 0, listed.stderr
+    return run.runs_of(listed.stdout, list(seeds), "runs/quick" if quick else "runs", quick, extra)
+
+
+@pytest.fixture(scope="module")
+def all_lines():
+    return {name: lines_of(name) for name in SHELL}
+
+
+def script_of(each):
+    """The script that a run calls; skips where it is not there yet."""
+    path = ROOT / each.program[1]
+    if not path.exists():
+        pytest.skip(f"{path.name} is not there yet")
+    return importlib.import_module(path.stem)
+
+
+def test_there_is_a_line_for_every_cell_of_table_1(all_lines):
+    datasets = [
+        key for row in report.read_csv(report.PAPER / "table1.csv") for key in report.dataset_keys(row["dataset"])
+    ]
+    assert len(datasets) == 17
+    for name in ("pretrain_dt", "grpo_dt", "ppo_dt"):
+        found = [report.identify(each.name, {}) for each in all_lines[name]]
+        assert [identity[1:3] for identity in found if not identity[3]] == datasets
+        assert {identity[0] for identity in found} == {name}
+
+
+def test_there_is_a_line_for_every_curve_of_the_figures(all_lines):
+    wanted = {
+        (task, kind, variant) for parts in report.FIGURES.values() for task, kind, names in parts for variant in names
+    }
+    assert {report.identify(each.name, {})[1:4] for each in all_lines["ablations"]} == wanted
+    (guided,) = all_lines["q_guided_grpo_dt"]
+    assert report.identify(guided.name, {}) == ("q_guided_grpo_dt", "Ant", "medium-replay", "", "1")
+
+
+def test_every_finetuning_line_begins_with_a_line_of_pretraining_of_the_same_environment(all_lines):
+    pretraining = {each.folder: each for each in all_lines["pretrain_dt"]}
+    for name in SHELL[1:]:
+        for each in all_lines[name]:
+            before = pretraining[each.needs]
+            assert [each.flags[flag] for flag in ("--env-id", "--dataset-kind")] == [
+                before.flags[flag] for flag in ("--env-id", "--dataset-kind")
+            ], each.name
+            assert ("reinformer" in each.name) == ("--model" in before.flags)
+
+
+@pytest.mark.parametrize("name", SHELL)
+def test_every_line_is_parsed_and_takes_the_papers_row(all_lines, name):
+    for each in all_lines[name]:
+        script = script_of(each)
+        args = script.parse_args([*run.words_of(each.flags)])
+        script.check_args(args)
+        if name == "ablations":
+            script.check_flags(args)
+        if name == "pretrain_dt":
+            script.fill_from_row(args)
+        else:
+            script.fill_from_table(args, args.dataset_kind, 1.0)
+        method, task, kind, variant, _ = report.identify(each.name, vars(args))
+        assert (task, kind) == report.identify(each.name, {})[1:3]
+        differs = report.settings_that_differ(method, task, kind, vars(args))
+        swept = {"l-traj-": "l_traj", "l-eval-": "l_eval", "full-trajectories": "n_batch"}
+        expected = next((setting for part, setting in swept.items() if part in variant), "")
+        assert differs.split(" ")[0] == expected and "," not in differs, f"{each.name}: {differs}"
+
+
+def covering_lines():
+    """The first line of each shell script, and lines such that every flag of every line is in one of them."""
+    chosen, seen = [], set()
+    for name in SHELL:
+        for number, each in enumerate(lines_of(name, quick=True, extra="--eval-episodes 1")):
+            flags = {(each.program[1], flag) for flag in each.flags}
+            if number == 0 or flags - seen:
+                chosen.append(each)
+                seen |= flags
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    """A working directory with a toy DT and a toy Reinformer on Hopper."""
+    folder = tmp_path_factory.mktemp("toys")
+    pretrain_dt = importlib.import_module("pretrain_dt")
+    toy = shlex.split(run.QUICK["pretrain_dt.py"])
+    for model in ("dt", "reinformer"):
+        pretrain_dt.main(pretrain_dt.parse_args([*toy, "--model", model, "--run-dir", str(folder / model)]))
+    return folder
+
+
+@pytest.mark.parametrize("each", covering_lines(), ids=lambda each: each.name)
+def test_a_line_of_each_shell_script_and_each_flag_at_toy_size(each, toys, monkeypatch, tmp_path):
+    """In this process, and in Hopper, where episodes are short: every line as it is runs in the test below."""
+    script = script_of(each)
+    monkeypatch.chdir(tmp_path)
+    each.flags |= {"--env-id": ["Hopper-v5"]} | ({"--iterations": ["1"]} if each.needs else {})
+    if each.needs:
+        each.flags["--pretrained"] = [str(toys / ("reinformer" if "reinformer" in each.name else "dt"))]
+    folder = script.main(script.parse_args(run.words_of(each.flags)))
+    assert folder == each.folder and run.state(each) == "done"
+    args = json.loads((folder / "args.json").read_text())["args"]
+    for flag, values in each.flags.items():
+        saved = args[flag[2:].replace("-", "_")]
+        assert saved is True if not values else str(saved) == values[0] or float(saved) == float(values[0]), flag
+    rows = report.read_csv(folder / "metrics.csv")
+    assert rows[-1]["iteration"] == ("1" if each.needs else "4")
+    assert float(rows[-1]["eval/normalized_score"]) < 50
+    assert any(row.get("losses/loss") or row.get("losses/nll") for row in rows)
+
+
+def copy_of_the_tree(folder):
+    """The scripts and benchmark/ in another folder, so that its runs/ is its own."""
+    shutil.copytree(ROOT / "benchmark", folder / "benchmark", ignore=shutil.ignore_patterns("results"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+
+
+def shell(folder, name, *arguments):
+    """A shell script with toy sizes and one seed in a copy of the tree: (exit code, output)."""
+    command = ["bash", str(folder / "benchmark" / f"{name}.sh"), "--quick", *arguments]
+    settings = os.environ | {"PYTHON": sys.executable, "SEEDS": "1", "WORKERS": "1", "EXTRA": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=settings)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_shell_script_makes_a_run_that_the_report_reads(tmp_path):
+    copy_of_the_tree(tmp_path)
+    code, printed = shell(tmp_path, "pretrain_dt", "--only", "Door-human")
+    assert code == 0 and "1 of 1 runs done" in printed, printed
+    (folder,) = (tmp_path / "runs" / "quick").iterdir()
+    found = report.read_run(folder)
+    assert (found.method, found.task, found.kind, found.seed) == ("pretrain_dt", "Door", "human", "1")
+    assert found.goal == found.iteration == 4 and found.seconds > 0
+    assert found.differs == "embed_dim 16 (512), n_layers 2 (4), n_heads 2 (4)"
+
+
+@pytest.mark.slow
+def test_every_line_of_every_shell_script_at_toy_size(tmp_path, all_lines):
+    copy_of_the_tree(tmp_path)
+    for name in SHELL:
+        if not (ROOT / all_lines[name][0].program[1]).exists():
+            continue
+        code, printed = shell(tmp_path, name)
+        assert code == 0, printed
+        for each in all_lines[name]:
+            assert (tmp_path / "runs" / "quick" / each.name / "checkpoint.pt").exists()
