@@ -84,11 +84,11 @@ class Args:
     replay_size: int = 32
     """full trajectories kept, first in, first out"""
     n_sources: int = 16
-    """full trajectories drawn per iteration to reset into"""
+    """full trajectories drawn per iteration"""
     n_points: int = 4
-    """K: reset points per drawn trajectory"""
+    """K: points per drawn trajectory"""
     group_size: int = 8
-    """G: sub-trajectories per reset point"""
+    """G: members of a group, all from the same point"""
     buffer_size: int = 2048
     """sub-trajectories kept, first in, first out"""
     l_traj: int | None = None
@@ -1166,7 +1166,10 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     return args
 
 
-MAY_BE_ZERO = "seed dropout weight_decay kappa_lr return_loss_weight beta delta_r l_eval gae_lambda value_warmup"
+MAY_BE_ZERO = (
+    "seed dropout weight_decay kappa_lr return_loss_weight beta delta_r l_eval gae_lambda value_warmup critic_warmup "
+    "target_noise"
+)
 MAY_BE_NEGATIVE = "g_eval g_online"
 
 

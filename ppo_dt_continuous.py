@@ -955,7 +955,10 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     return args
 
 
-MAY_BE_ZERO = "seed dropout weight_decay kappa_lr return_loss_weight beta delta_r l_eval gae_lambda value_warmup"
+MAY_BE_ZERO = (
+    "seed dropout weight_decay kappa_lr return_loss_weight beta delta_r l_eval gae_lambda value_warmup critic_warmup "
+    "target_noise"
+)
 MAY_BE_NEGATIVE = "g_eval g_online"
 
 

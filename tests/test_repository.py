@@ -34,6 +34,12 @@ OWN_TABLES = {
 }  # named alike since they play the same part, different by nature
 # Parts of fields of the same name that may differ between scripts, each with its reason.
 MAY_DIFFER = {
+    (
+        "dataset",
+        "type",
+    ): "one of pretraining's inputs; Q-guided GRPO-DT takes that of the checkpoint where none is given",
+    ("dataset", "default"): "as above",
+    ("dataset", "docstring"): "as above",
     ("dataset_kind", "docstring"): "pretraining reads it from the dataset's name, finetuning from the checkpoint",
     ("kappa_initial", "type"): "one value in pretraining, one per row of the paper's tables in finetuning",
     ("kappa_initial", "default"): "as above",
