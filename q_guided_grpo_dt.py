@@ -959,19 +959,20 @@ class Lamb(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step for every parameter that has a gradient."""
+        """One step for every parameter that has a gradient, which is used up: its memory holds the direction then."""
         for group in self.param_groups:
             group["step"] += 1
-            (beta1, beta2), correction1 = group["betas"], 1.0 - group["betas"][0] ** group["step"]
-            correction2 = 1.0 - beta2 ** group["step"]
+            beta1, beta2 = group["betas"]
+            correction1, root2 = 1.0 - beta1 ** group["step"], (1.0 - beta2 ** group["step"]) ** 0.5
             for p in (p for p in group["params"] if p.grad is not None):  # [11]
                 if not self.state[p]:
                     self.state[p] = dict(m=torch.zeros_like(p), v=torch.zeros_like(p))
-                m, v = self.state[p]["m"], self.state[p]["v"]
+                m, v, direction = self.state[p]["m"], self.state[p]["v"], p.grad
                 m.lerp_(p.grad, 1.0 - beta1)
                 v.mul_(beta2).addcmul_(p.grad, p.grad, value=1.0 - beta2)
-                root = v.sqrt().mul_(correction2**-0.5).add_(group["eps"])
-                direction = torch.addcdiv(group["weight_decay"] * p, m, root, value=1.0 / correction1)  # Adam's, decay
+                # Adam's: m / correction1 over sqrt(v / correction2) + eps
+                torch.sqrt(v, out=direction).add_(root2 * group["eps"])
+                torch.div(m, direction, out=direction).mul_(root2 / correction1).add_(p, alpha=group["weight_decay"])
                 p_norm, norm = p.norm(), direction.norm()
                 trust = torch.where((p_norm > 0) & (norm > 0), p_norm / norm, 1.0)  # a zero tensor: a plain step
                 p.addcmul_(direction, -group["lr"] * trust)
@@ -1411,12 +1412,13 @@ def pretrained_on_random(args: Args) -> Path:
     own = target.with_name(f"{target.name}.{os.getpid()}")  # parallel runs make their own, the first one stays
     flags = dict(env_id=args.env_id, embed_dim=args.embed_dim, seed=args.seed, device=args.device, run_dir=own)
     # [17] a context of c_online and small minibatches at a large rate: quick, and groups whose members differ
-    flags |= dict(c_offline=context, c_online=context, updates=1000, batch_size=max(8, 32 // context), lr=1e-3)
+    flags |= dict(c_offline=context, c_online=context, updates=900, batch_size=128 // (3 * context - 1), lr=1e-3)
     flags["dataset_steps"] = 30_000
     flags |= {"threads": args.threads} if args.threads else {}
     command = [sys.executable, str(Path(__file__).with_name("pretrain_dt.py")), "--bf16" if args.bf16 else "--no-bf16"]
     command += [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
-    if subprocess.run(command).returncode:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if subprocess.run(command, env=environment).returncode:
         die("pretraining on random data failed, see above: mend it, or give --pretrained.")
     try:
         own.rename(target)
