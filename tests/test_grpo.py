@@ -1050,7 +1050,7 @@ def test_of_two_runs_that_pretrain_at_once_the_first_ones_checkpoint_stays(pretr
     first.rename(first.with_name("hidden"))  # as it was when the second one looked
     fake, before = grpo.subprocess.run, first.with_name("hidden").stat().st_ino
 
-    def slower(command):
+    def slower(command, **kwargs):
         done = fake(command)
         first.with_name("hidden").rename(first)
         return done
@@ -1063,7 +1063,7 @@ def test_of_two_runs_that_pretrain_at_once_the_first_ones_checkpoint_stays(pretr
 
 def test_pretraining_that_fails_is_one_line(pretraining, monkeypatch):
     fake = grpo.subprocess.run
-    monkeypatch.setattr(grpo.subprocess, "run", lambda command: fake(command, returncode=1))
+    monkeypatch.setattr(grpo.subprocess, "run", lambda command, **kwargs: fake(command, returncode=1))
     with refused("pretraining on random data failed, see above"):
         grpo.pretrained_on_random(toy_args())
 
