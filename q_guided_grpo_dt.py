@@ -759,6 +759,8 @@ def load_offline(args: Args, base: dict, env: gym.Env) -> tuple[Transitions, int
     actions = unscale_action(actions, env).clip(-ACTION_LIMIT, ACTION_LIMIT)
     lengths = np.array([piece.stop - piece.start for piece in pieces])
     steps = lay_out(args.c_online, lengths, observations, realised, actions, rewards, terminated)  # departure (6)
+    if not steps.usable.any():
+        die(f"{args.dataset} has no transition whose next state is known: all trajectories are cut after one step.")
     line = f"{len(lengths):,} trajectories, {terminated.sum():,} of them terminated, {len(rewards):,} steps"
     print(f"offline data of the critic: {args.dataset}, {line}", flush=True)
     fingerprint = 0

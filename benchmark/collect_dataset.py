@@ -266,7 +266,6 @@ def write_hdf5(path: Path, columns: dict[str, np.ndarray], args: Args) -> None:
     """A file in D4RL's layout, written beside `path` and renamed."""
     import h5py
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with h5py.File(temporary, "w") as file:
         for name, array in columns.items():
@@ -298,6 +297,8 @@ def main(args: Args) -> None:
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces):
         die(f"{args.env_id} has {spaces}: both must be flat Boxes.")
 
+    if args.hdf5:  # what can't be written shows before hours of training
+        Path(args.hdf5).mkdir(parents=True, exist_ok=True)
     agent, replay = train(env, args, medium_return)
     env.action_space.seed(args.seed + 1)
     collected = {
@@ -320,4 +321,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
     except KeyboardInterrupt:
-        sys.exit("stopped: nothing was written")
+        sys.exit("stopped: what was printed as a dataset is written, nothing else")
+    except OSError as error:
+        die(f"{error}: make room or choose another folder; datasets printed above are written.")
