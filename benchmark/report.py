@@ -12,6 +12,7 @@ count as unknown. Runs whose settings differ from the paper's in different ways 
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import statistics
@@ -537,16 +538,18 @@ def draw(axes, runs: list[Run], label: str, colour: str, by_steps: bool, paper: 
 
 def draw_panel(axes, title: str, curves: list[Curve], by_steps: bool) -> None:
     """The curves of one dataset, each beside the paper's final value where Table 1 has one."""
+    one_method = len({curve.method for curve in curves}) == 1
     for index, curve in enumerate(curves):
         if curve.runs:
             paper = math.nan if curve.variant else paper_value(curve.method, curve.task, curve.kind)
-            draw(axes, curve.runs, curve.variant or METHODS[curve.method], f"C{index}", by_steps, paper)
+            label = curve.variant if one_method else f"{METHODS[curve.method]} {curve.variant}".strip()
+            draw(axes, curve.runs, label or METHODS[curve.method], f"C{index}", by_steps, paper)
     axes.set_title(title if any(curve.runs for curve in curves) else f"{title}: no run", fontsize=10)
     axes.set_xlabel("environment steps" if by_steps else "iterations", fontsize=9)
     axes.set_ylabel("normalised score", fontsize=9)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22))  # below: curves fill the panel
 
 
 def paper_value(method: str, task: str, kind: str) -> float:
@@ -555,11 +558,11 @@ def paper_value(method: str, task: str, kind: str) -> float:
     return next((float(row[method]) for row in rows if method in row), math.nan)
 
 
-def new_panels(rows: int, columns: int):
-    """A figure with rows × columns of panels, and these as an array."""
+def new_panels(rows: int, columns: int, height: float = 3.6):
+    """A figure with rows × columns of panels of this height [inches], and these as an array."""
     from matplotlib.figure import Figure  # drawn without pyplot, so without a display
 
-    figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, height * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -569,7 +572,8 @@ def save(figure, path: Path) -> None:
 
 def write_curves(groups: dict[tuple, list[Run]], out: Path) -> None:
     """A PNG for each dataset and each figure that has runs, by iterations and by environment steps; and figure_3.png
-    and figure_3_steps.png: all datasets, in Table 1's order, a row per block."""
+    and figure_3_steps.png: all datasets, in Table 1's order, a row per block; and overview.png: the datasets that have
+    runs, each with all its groups."""
     rows = [row for row in read_csv(PAPER / "table1.csv") if row["dataset"] != "Average"]
     blocks = {
         block: [row["dataset"] for row in rows if row["block"] == block] for block in (row["block"] for row in rows)
@@ -599,6 +603,17 @@ def write_curves(groups: dict[tuple, list[Run]], out: Path) -> None:
                 else:
                     cell.set_axis_off()
         save(figure, out / f"figure_3{'_steps' if by_steps else ''}.png")
+    found = {}  # dataset -> its groups of finetuning runs
+    for name, ((task, kind),) in ((row["dataset"], dataset_keys(row["dataset"])) for row in rows):
+        mine = [runs for key, runs in sorted(groups.items()) if key[1:3] == (task, kind) and key[0] != "pretrain_dt"]
+        found |= {name: [Curve(task, kind, runs[0].method, runs[0].variant, runs) for runs in mine]} if mine else {}
+    if found:
+        columns = min(3, len(found))
+        height = 3 + 0.3 * max(len(curves) for curves in found.values())  # room for the legend
+        figure, axes = new_panels(math.ceil(len(found) / columns), columns, height)
+        for cell, (name, curves) in itertools.zip_longest(axes.flat, found.items(), fillvalue=(None, None)):
+            draw_panel(cell, name, curves, by_steps=False) if name else cell.set_axis_off()
+        save(figure, out / "overview.png")
 
 
 def main() -> None:

@@ -364,7 +364,10 @@ def test_a_picture_for_each_dataset_and_each_figure_that_has_runs(tmp_path, monk
     for name in ("grpo_dt__Hopper-medium__1", "ppo_dt__Hopper-medium__1", "grpo_dt__Hopper-medium__token-ratio__1"):
         make_run(tmp_path, name, [0.0, 10.0])
     report.write_curves(report.group_runs(report.read_runs([tmp_path])[0]), tmp_path)
-    assert sorted(saved) == ["Ho-M-v2.png", "figure_2c.png", "figure_3.png", "figure_3_steps.png"]
+    assert sorted(saved) == ["Ho-M-v2.png", "figure_2c.png", "figure_3.png", "figure_3_steps.png", "overview.png"]
+    (axes,) = saved["overview.png"]
+    names = [label for label in axes.get_legend_handles_labels()[1] if "paper" not in label]
+    assert names == ["GRPO-DT, 1 seed", "GRPO-DT token-ratio, 1 seed", "PPO-DT, 1 seed"]
     titles = [axes.get_title() for axes in saved["figure_3.png"] if axes.get_title()]
     assert [title.split(":")[0] for title in titles] == [
         row["dataset"] for row in paper("table1") if row["dataset"] != "Average"
