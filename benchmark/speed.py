@@ -17,7 +17,10 @@ sub-trajectories that all live through L_traj + L_eval steps (falls are switched
          the whole network; --plain-steps of its L_eval steps are run, and their time is scaled to all
   floor  the same environment steps by raw mj_step and the floating-point operations of ours at the speed of a large
          matrix product, nothing else
-Take either on a quiet machine: other load falls on all of them, unevenly.
+
+Part "changes": what each change of the network's work brings: milliseconds of a policy call for 512 windows, and of a
+forward and backward pass of a minibatch (n_batch x L_traj windows), all taking turns; and what few batch sizes bring.
+Take all of them on a quiet machine: other load falls on their parts unevenly.
 """
 
 import argparse
@@ -38,6 +41,7 @@ import grpo_dt_continuous as grpo
 
 TASKS = ["Hopper-v5", "Walker2d-v4", "HalfCheetah-v5", "Ant-v4", "Ant-v5"]
 TASKS += ["AdroitHandDoor-v1", "AdroitHandHammer-v1", "AdroitHandPen-v1", "AntMaze_UMaze-v4"]
+PARTS = ["pool", "iteration", "changes"]
 ACTION = 0.3  # size of the random actions, of 1: the simulations stay calm
 
 
@@ -123,18 +127,26 @@ class PlainTransformer(grpo.DecisionTransformer):
     """The same network, at context 1, as one would first write it: all three tokens of a step, the action's slot empty,
     through all blocks in full."""
 
+    n_tokens = 3
+
     def forward(self, observations, returns, actions, real=None):
         s = self.embed_observation((observations - self.obs_mean) / self.obs_std)  # (B, 1, E)
         g = self.embed_return((returns * self.return_scale)[..., None])
         a = self.embed_action(torch.zeros(len(returns), 1, self.act_dim, device=returns.device))
-        x = self.norm_in(torch.cat([g, s, a], dim=1))  # (B, 3, E)
-        mask = torch.ones(3, 3, dtype=torch.bool, device=x.device).tril()[None, None]
+        x = self.norm_in(torch.cat([g, s, a][: self.n_tokens], dim=1))  # (B, 3, E)
+        mask = torch.ones(self.n_tokens, self.n_tokens, dtype=torch.bool, device=x.device).tril()[None, None]
         for block in self.blocks:
             x = block(x, mask)
         token = self.norm_out(x)[:, 1:2]
         spread = torch.tanh(self.log_std_head(token))
         log_std = grpo.LOG_STD_MIN + 0.5 * (grpo.LOG_STD_MAX - grpo.LOG_STD_MIN) * (spread + 1.0)
         return grpo.SquashedGaussian(self.mean_head(token), log_std), None
+
+
+class TwoTokens(PlainTransformer):
+    """Without the action's slot, which nothing reads; all blocks in full."""
+
+    n_tokens = 2
 
 
 @torch.no_grad()
@@ -194,13 +206,13 @@ def flops_of(model, args) -> float:
     return counter.get_total_flops() / batch
 
 
-def measure_iteration(task: str, options) -> str:
+def measure_iteration(task: str, options) -> tuple[str, str]:
     """Rows of the second table. The first iteration warms up where there is time for two."""
     kwargs = {"terminate_when_unhealthy": False} if task.startswith(("Hopper", "Walker2d", "Ant-")) else {}
     args = grpo.Args(env_id=task, embed_dim=options.embed_dim, threads=options.threads, c_online=1, delta_r=0.0)
     (device, dtype), args.g_eval = grpo.set_up_torch(args), None
     args.device = device.type
-    grpo.fill_from_table_6(args, "medium", 0.0)
+    grpo.fill_from_table(args, "medium", 0.0)
     envs = [grpo.make_env(task, kwargs) for _ in range(args.n_sources)]
     pool = grpo.make_pool(grpo.make_env(task, kwargs), args.n_sources * args.n_points * args.group_size, args.threads)
     learner = new_learner(grpo.DecisionTransformer, envs[0], args, dtype)
@@ -252,15 +264,58 @@ def measure_iteration(task: str, options) -> str:
     return "\n".join(rows), note
 
 
+def measure_changes(task: str, options) -> tuple[str, str]:
+    """Rows of the third table, and a line on batch sizes: medians over rounds in which all take turns."""
+    env, args = grpo.make_env(task), grpo.Args(env_id=task, embed_dim=options.embed_dim, threads=options.threads)
+    args.c_online, args.g_eval = 1, None
+    (device, dtype), script = grpo.set_up_torch(args), grpo.DecisionTransformer
+    args.device = device.type
+    grpo.fill_from_table(args, "medium", 0.0)
+    variants = [
+        ("three tokens, all of them through all blocks", PlainTransformer, torch.float32, False),
+        ("two tokens: none for the action", TwoTokens, torch.float32, False),
+        ("the last block for the state token alone", script, torch.float32, False),
+        ("products in bf16", script, dtype, False),
+        ("and the weights made bf16 once per iteration", script, dtype, True),
+    ]
+    variants = variants if dtype == torch.bfloat16 else variants[:3]
+
+    def act(model, count: int) -> None:
+        with torch.no_grad():
+            model.act(torch.ones(count, 1, *env.observation_space.shape, device=device), ones[:count], None)
+
+    def learn(model) -> None:
+        observations = torch.ones(trained, 1, *env.observation_space.shape, device=device)
+        dist, _ = model(observations, ones, None)
+        (dist.mean.square().mean() + dist.log_std.mean()).backward()
+
+    trained = args.n_batch * args.l_traj
+    ones, times = torch.ones(trained, 1, device=device), []
+    models = [new_learner(cls, env, args, kind).model for _, cls, kind, _ in variants]
+    policies = [grpo.rollout_copy(model) if once else model for model, (*_, once) in zip(models, variants)]
+    for _ in range(options.rounds + 1):
+        acting = [timed(act, policy, 512)[0] for policy in policies]
+        times.append((acting, [timed(learn, model)[0] for model in models]))
+    acting, learning = 1000 * np.median(np.array(times[1:]), axis=0)  # round 0 warms up
+    rows = [
+        f"| {task} | {name} | {a:.1f} | {a / acting[0]:.2f} | {b:.0f} | {b / learning[0]:.2f} |"
+        for (name, *_), a, b in zip(variants, acting, learning)
+    ]
+    falling = range(511, 351, -1)  # members fall one by one; every size is new, as it is for a run's first iteration
+    every = sum(timed(act, policies[-1], count)[0] for count in falling)
+    padded = sum(timed(act, policies[-1], count + -count % 32)[0] for count in falling)
+    return "\n".join(rows), f"{task}: calls for 511, 510, ..., 352 windows {every:.2f} s, padded to 32 {padded:.2f} s"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["pool", "iteration"], choices=["pool", "iteration"])
-    parser.add_argument("--tasks", nargs="+", help="environment ids [pool: all of the paper's; iteration: Hopper-v5]")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--tasks", nargs="+", help="environment ids [pool: all of the paper's; else Hopper-v5]")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of pool and network [all cores]")
-    parser.add_argument("--rounds", type=int, default=5, help="pool: rounds that count, after one that warms up")
+    parser.add_argument("--rounds", type=int, default=5, help="pool, changes: rounds that count, after one")
     parser.add_argument("--steps", type=int, default=20, help="pool: environment steps of each simulation in a round")
     parser.add_argument("--simulations", type=int, default=256, help="pool: simulations side by side")
-    parser.add_argument("--embed-dim", type=int, default=512, help="iteration: width of the network")
+    parser.add_argument("--embed-dim", type=int, default=512, help="width of the network")
     parser.add_argument("--plain-steps", type=int, default=15, help="iteration: L_eval steps run by the plain one")
     arguments = parser.parse_args()
     if "pool" in arguments.parts:
@@ -273,3 +328,8 @@ if __name__ == "__main__":
         print("| environment | | total | simulate | infer | update | total / ours |\n" + "|---" * 7 + "|")
         measured = [measure_iteration(task, arguments) for task in arguments.tasks or ["Hopper-v5"]]
         print("\n".join(row for row, _ in measured) + "\n\n" + "\n".join(note for _, note in measured))
+    if "changes" in arguments.parts:
+        print(f"\nwidth {arguments.embed_dim}, {arguments.threads} threads, milliseconds:\n")
+        print("| environment | | policy call | ratio | forward, backward | ratio |\n" + "|---" * 6 + "|")
+        changes = [measure_changes(task, arguments) for task in arguments.tasks or ["Hopper-v5"]]
+        print("\n".join(row for row, _ in changes) + "\n\n" + "\n".join(note for _, note in changes))

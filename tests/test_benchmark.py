@@ -1,6 +1,7 @@
 """benchmark/speed.py: what it compares does the same."""
 
 import importlib.util
+import re
 import types
 from pathlib import Path
 
@@ -28,11 +29,29 @@ def pair(act_dim=3):
 
 def test_the_plain_network_is_the_same_function():
     ours, plain = pair()
+    two = speed.TwoTokens(11, 3, 32, 2, 2).eval().requires_grad_(False)
+    two.load_state_dict(ours.state_dict())
     windows = (torch.randn(40, 1, 11), 3 * torch.randn(40, 1), torch.zeros(40, 0, 3))
-    (a, _), (b, _) = ours(*windows), plain(*windows)
-    torch.testing.assert_close(a.mean, b.mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(a.log_std, b.log_std, rtol=1e-4, atol=1e-5)
+    a, _ = ours(*windows)
+    for other in (plain, two):
+        b, _ = other(*windows)
+        torch.testing.assert_close(a.mean, b.mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a.log_std, b.log_std, rtol=1e-4, atol=1e-5)
     assert a.mean.std() > 0.1
+
+
+def test_the_changes_are_measured_one_after_the_other():
+    options = types.SimpleNamespace(embed_dim=32, threads=1, rounds=1)
+    rows, note = speed.measure_changes("Hopper-v5", options)
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.split("\n")]
+    assert len(cells) == (5 if grpo.set_up_torch(grpo.Args(threads=1))[1] == torch.bfloat16 else 3)
+    assert cells[0][3] == cells[0][5] == "1.00" and all(float(row[2]) > 0 and float(row[4]) > 0 for row in cells)
+    assert "padded to 32" in note
+
+
+def test_what_it_takes_from_the_script_is_there():
+    names = set(re.findall(r"\bgrpo\.([A-Za-z_]+)", PATH.read_text()))
+    assert len(names) > 15 and all(hasattr(grpo, name) for name in names)
 
 
 def test_operations_are_those_of_the_matrix_products_counted_by_hand():
