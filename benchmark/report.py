@@ -98,6 +98,8 @@ def paper_settings(method: str, task: str, kind: str) -> dict[str, float]:
     values = {SETTINGS.get(key, key): float(value) for key, value in row.items() if key != "environments"}
     if method == "pretrain_dt":  # g_online and all after it belong to finetuning
         values = {key: values[key] for key in ("c_offline", "c_online") if key in values}
+    if method == "ppo_dt":  # the caption of Table 7
+        values |= dict(epsilon=0.2, gamma=0.99, gae_lambda=0.95)
     if method == "q_guided_grpo_dt":  # Appendix B.1; its gamma is the critic's, and it is not said to drop members
         values = {key: value for key, value in values.items() if key not in ("gamma", "delta_r")}
         values |= dict(lr=1e-5, kappa_initial=1e-2)

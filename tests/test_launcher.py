@@ -425,8 +425,8 @@ def test_there_is_a_line_for_every_curve_of_the_figures(all_lines):
         (task, kind, variant) for parts in report.FIGURES.values() for task, kind, names in parts for variant in names
     }
     assert {report.identify(each.name, {})[1:4] for each in all_lines["ablations"]} == wanted
-    (guided,) = all_lines["q_guided_grpo_dt"]
-    assert report.identify(guided.name, {}) == ("q_guided_grpo_dt", "Ant", "medium-replay", "", "1")
+    guided = [report.identify(each.name, {}) for each in all_lines["q_guided_grpo_dt"]]
+    assert guided == [("q_guided_grpo_dt", task, "medium-replay", "", "1") for task in ("Ant", "Hopper")]
 
 
 def test_every_finetuning_line_begins_with_a_line_of_pretraining_of_the_same_environment(all_lines):
@@ -455,8 +455,8 @@ def test_every_line_is_parsed_and_takes_the_papers_row(all_lines, name):
         method, task, kind, variant, _ = report.identify(each.name, vars(args))
         assert (task, kind) == report.identify(each.name, {})[1:3]
         differs = report.settings_that_differ(method, task, kind, vars(args))
-        swept = {"l-traj-": "l_traj", "l-eval-": "l_eval", "full-trajectories": "n_batch"}
-        expected = next((setting for part, setting in swept.items() if part in variant), "")
+        swept = {"l-traj-": "l_traj", "l-eval-": "l_eval", "full-trajectories": "n_batch", "lr": "lr", "gamma": "gamma"}
+        expected = next((setting for part, setting in swept.items() if variant.startswith(part)), "")
         assert differs.split(" ")[0] == expected and "," not in differs, f"{each.name}: {differs}"
 
 
