@@ -19,8 +19,8 @@ Departures from the paper (docs/q_guided_grpo_dt.md explains each under the same
   (8) D4RL's rules are put back where gymnasium-robotics 1.4.2 differs (docs/datasets.md)
   (9) the first iteration rolls out as many full trajectories as it draws, not one, so that the replay is not one fall
 
-On a laptop: python q_guided_grpo_dt.py --env-id Hopper-v5 --embed-dim 128 --critic-warmup 2000 --iterations 30
-In full:     python q_guided_grpo_dt.py --env-id Hopper-v5 --pretrained runs/NAME/checkpoint.pt
+Small:   python q_guided_grpo_dt.py --env-id Hopper-v5 --embed-dim 128 --tau 0.05 --critic-warmup 2000 --iterations 30
+In full: python q_guided_grpo_dt.py --env-id Hopper-v5 --pretrained runs/NAME/checkpoint.pt
 """
 
 import contextlib

@@ -426,7 +426,9 @@ def test_there_is_a_line_for_every_curve_of_the_figures(all_lines):
     }
     assert {report.identify(each.name, {})[1:4] for each in all_lines["ablations"]} == wanted
     guided = [report.identify(each.name, {}) for each in all_lines["q_guided_grpo_dt"]]
-    assert guided == [("q_guided_grpo_dt", task, "medium-replay", "", "1") for task in ("Ant", "Hopper")]
+    assert [each[1:4] for each in guided] == [(task, "medium-replay", "") for task in ("Ant", "Hopper")] + [
+        ("Hopper", "medium-replay", "tau0.05")
+    ]
 
 
 def test_every_finetuning_line_begins_with_a_line_of_pretraining_of_the_same_environment(all_lines):
