@@ -535,17 +535,21 @@ def draw(axes, runs: list[Run], label: str, colour: str, by_steps: bool, paper: 
     seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
     axes.plot(steps if by_steps else iterations, scores, color=colour, linewidth=1.8, label=f"{label}, {seeds}")
     if not math.isnan(paper):
-        axes.axhline(paper, color=colour, linestyle="--", linewidth=1.0, label=f"{label}, the paper's final value")
+        final = f"{METHODS[runs[0].method]}, the paper's final value"
+        axes.axhline(paper, color=colour, linestyle="--", linewidth=1.0, label=final)
 
 
-def draw_panel(axes, title: str, curves: list[Curve], by_steps: bool) -> None:
-    """The curves of one dataset, each beside the paper's final value where Table 1 has one."""
-    one_method = len({curve.method for curve in curves}) == 1
+def draw_panel(axes, title: str, curves: list[Curve], by_steps: bool, named: bool = False) -> None:
+    """The curves of one dataset, each beside the paper's final value where Table 1 has one. `named`: all curves are
+    labelled with their method, and a variant, which Table 1 does not have, also brings its method's value."""
+    drawn = set()  # methods whose final value is there
     for index, curve in enumerate(curves):
         if curve.runs:
-            paper = math.nan if curve.variant else paper_value(curve.method, curve.task, curve.kind)
-            label = curve.variant if one_method else f"{METHODS[curve.method]} {curve.variant}".strip()
-            draw(axes, curve.runs, label or METHODS[curve.method], f"C{index}", by_steps, paper)
+            new = curve.method not in drawn and (named or not curve.variant)
+            paper = paper_value(curve.method, curve.task, curve.kind) if new else math.nan
+            drawn |= {curve.method} if new else set()
+            full = f"{METHODS[curve.method]} {curve.variant}".strip()
+            draw(axes, curve.runs, full if named else curve.variant or full, f"C{index}", by_steps, paper)
     axes.set_title(title if any(curve.runs for curve in curves) else f"{title}: no run", fontsize=10)
     axes.set_xlabel("environment steps" if by_steps else "iterations", fontsize=9)
     axes.set_ylabel("normalised score", fontsize=9)
@@ -610,11 +614,11 @@ def write_curves(groups: dict[tuple, list[Run]], out: Path) -> None:
         mine = [runs for key, runs in sorted(groups.items()) if key[1:3] == (task, kind) and key[0] != "pretrain_dt"]
         found |= {name: [Curve(task, kind, runs[0].method, runs[0].variant, runs) for runs in mine]} if mine else {}
     if found:
-        columns = min(3, len(found))
+        columns = math.ceil(math.sqrt(len(found)))
         height = 3 + 0.3 * max(len(curves) for curves in found.values())  # room for the legend
         figure, axes = new_panels(math.ceil(len(found) / columns), columns, height)
         for cell, (name, curves) in itertools.zip_longest(axes.flat, found.items(), fillvalue=(None, None)):
-            draw_panel(cell, name, curves, by_steps=False) if name else cell.set_axis_off()
+            draw_panel(cell, name, curves, by_steps=False, named=True) if name else cell.set_axis_off()
         save(figure, out / "overview.png")
 
 

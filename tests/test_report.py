@@ -331,7 +331,7 @@ def test_the_command_reports_on_the_committed_results_and_on_nothing(tmp_path):
         scores = [
             float(each["eval/normalized_score"]) for each in csv.DictReader(file) if each["eval/normalized_score"]
         ]
-    assert row[2] == f"{sum(scores[-5:]) / 5:.2f}" and row[-1] == "unknown"
+    assert row[2] == f"{sum(scores[-5:]) / 5:.2f}" and row[-1] == "embed_dim 128 (512)"
     (tmp_path / "empty").mkdir()
     done = command("empty", "--no-curves", "--out", "nothing")
     assert done.returncode == 0 and "no run (17 of 17)" in (tmp_path / "nothing/report.md").read_text()
@@ -368,6 +368,7 @@ def test_a_picture_for_each_dataset_and_each_figure_that_has_runs(tmp_path, monk
     (axes,) = saved["overview.png"]
     names = [label for label in axes.get_legend_handles_labels()[1] if "paper" not in label]
     assert names == ["GRPO-DT, 1 seed", "GRPO-DT token-ratio, 1 seed", "PPO-DT, 1 seed"]
+    assert [set(line.get_ydata()) for line in axes.get_lines() if line.get_linestyle() == "--"] == [{108.81}, {105.65}]
     titles = [axes.get_title() for axes in saved["figure_3.png"] if axes.get_title()]
     assert [title.split(":")[0] for title in titles] == [
         row["dataset"] for row in paper("table1") if row["dataset"] != "Average"
