@@ -55,7 +55,8 @@ import torch.nn.functional as F
 import tyro
 
 # Shapes: P reset points, G group size, N = P G sub-trajectories side by side, L = L_traj steps, B minibatch,
-#         K context, S and A dimensions of observation and action, E embedding width, T steps of a full trajectory.
+#         K context, S and A dimensions of observation and action, E embedding width, T steps of a full trajectory;
+#         in section 4 L is the number of tokens.
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Arguments
@@ -77,16 +78,16 @@ class Args:
     embed_dim: int = 512
     """E, width of the transformer"""
     iterations: int = 500
-    """T: iterations of Algorithm 1"""
+    """iterations, Algorithm 1's T"""
 
     n_trajectories: int | None = None
-    """full trajectories rolled out per iteration [None: the row]"""
+    """full trajectories rolled out per iteration, n_sources at least in the first [None: the row]"""
     replay_size: int = 32
     """full trajectories kept, first in, first out"""
     n_sources: int = 16
     """full trajectories drawn per iteration"""
     n_points: int = 4
-    """K: points per drawn trajectory"""
+    """points per drawn trajectory, Algorithm 1's K"""
     group_size: int = 8
     """G: members of a group, all from the same point"""
     buffer_size: int = 2048
@@ -154,7 +155,7 @@ class Args:
     run_dir: str | None = None
     """folder of the run [None: runs/ENV__SCRIPT__KIND__SEED__TIME]"""
     resume: str | None = None
-    """folder of a run to go on with; only its length (--updates, --iterations), --device and --track may change"""
+    """folder of a run to go on with; only its length, --device and --track may change"""
     eval_only: str | None = None
     """evaluate this checkpoint, or that in this folder, of any script here, and stop"""
     capture_video: bool = False
@@ -162,7 +163,7 @@ class Args:
     track: bool = False
     """also log to Weights & Biases (needs wandb)"""
     g_eval: float | None = None
-    """initial return-to-go of the evaluation [raw reward units; None: the row; not used by reinformer]"""
+    """initial return-to-go of evaluations [raw; None: g_online, in pretraining the row's; reinformer has none]"""
 
 
 # Table 6, and n_trajectories of Appendix B.1. Keys: environment id up to the version, kind of data.
@@ -303,7 +304,7 @@ def make_env(env_id: str, env_kwargs: dict | None = None, render_mode: str | Non
     try:
         env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True, **kwargs)
     except Exception as error:  # gymnasium's errors, missing packages, and whatever a task's own code raises
-        die(f"cannot make the environment {env_id}: {error}. Name one such as Hopper-v5 or Ant-v4.")
+        die(f"cannot make the environment {env_id}: {str(error) or repr(error)}. Name one such as Hopper-v5 or Ant-v4.")
     actions, seen = env.action_space, env.observation_space
     parts = seen.values() if isinstance(seen, gym.spaces.Dict) and {*seen} == {*GOAL_KEYS} else [seen]
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (*parts, actions)):
@@ -346,6 +347,12 @@ def take_snapshot(env: gym.Env) -> np.ndarray:
     state = np.empty(mujoco.mj_stateSize(model, INTEGRATION_STATE))
     mujoco.mj_getState(model, data, state, INTEGRATION_STATE)
     return np.concatenate([state, *(array.ravel() for array in live_arrays(env))])
+
+
+def unstable(env: gym.Env) -> bool:
+    """Whether MuJoCo found a bad position, velocity or acceleration: it then resets itself and goes on."""
+    kinds = (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)
+    return any(simulator_of(env).data.warning[int(kind)].number for kind in kinds)
 
 
 class SimulatorPool:
@@ -410,9 +417,8 @@ class SimulatorPool:
         return observations, *d4rl_rules(self.task, observations, rewards, terminated)
 
     def unstable(self) -> bool:
-        """Whether MuJoCo ever found a bad position, velocity or acceleration: it then resets itself and goes on."""
-        kinds = (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)
-        return any(simulator_of(sim).data.warning[int(kind)].number for sim in self.sims for kind in kinds)
+        """Whether any of its simulations ever was."""
+        return any(map(unstable, self.sims))
 
 
 class LocomotionPool(SimulatorPool):
@@ -458,7 +464,8 @@ class LocomotionPool(SimulatorPool):
         parts = [qpos[:, 2:] if self.task == "Ant" else qpos[:, 1:], qvel]
         if sum(part.shape[1] for part in parts) < self.env.observation_space.shape[0]:  # v5 leaves out the world's
             clipped = np.clip(forces, *self.rules._contact_force_range)
-            parts.append(clipped[:, 0 if self.v4 else 1 :].reshape(len(qpos), -1))
+            clipped = clipped[:, 0 if self.v4 else 1 :]
+            parts.append(clipped.reshape(len(qpos), clipped.shape[1] * 6))  # -1 fails where no row is left
         return np.concatenate(parts, axis=1)
 
     def judge(self, qpos, qvel, forces, actions, dx) -> tuple[np.ndarray, np.ndarray]:
@@ -489,7 +496,7 @@ class LocomotionPool(SimulatorPool):
 def make_pool(env: gym.Env, size: int, threads: int) -> SimulatorPool:
     """The fast way where there is one. Exits with a line if `env` is no MuJoCo environment."""
     name = env.spec.id
-    if not (hasattr(simulator_of(env), "model") and hasattr(simulator_of(env), "data")):
+    if not {"model", "data"} <= vars(simulator_of(env)).keys():
         die(f"{name} is no MuJoCo environment to reset to a state: use q_guided_grpo_dt.py or ppo_dt_continuous.py.")
     fast = type(env.unwrapped).__module__.startswith("gymnasium.envs.mujoco") and task_of(name) in LocomotionPool.TASKS
     return (LocomotionPool if fast else SimulatorPool)(env, size, threads)
@@ -713,9 +720,9 @@ class History:
         # [16] few batch sizes, for oneDNN builds a kernel for each: multiples of 32, by repeated rows
         padded = np.resize(rows, min(len(rows) + -len(rows) % 32, len(returns)))
         steps = (self.observations, self.returns, self.actions, self.real)
-        windows = [np.stack(each[-self.context :], axis=1)[padded] for each in steps]  # (b, K, ...) each
-        windows[2] = windows[2][:, :-1]  # the last action is yet to be chosen
-        dist, used = policy.act(*(torch.from_numpy(each).to(policy.obs_mean.device) for each in windows))
+        seen = [np.stack(each[-self.context :], axis=1)[padded] for each in steps]  # (b, K, ...) each
+        seen[2] = seen[2][:, :-1]  # the last action is yet to be chosen
+        dist, used = policy.act(*(torch.from_numpy(each).to(policy.obs_mean.device) for each in seen))
         self.returns[-1][rows] = used[: len(rows)].cpu().numpy()  # reinformer: the predicted one stays in the window
         return SquashedGaussian(dist.mean[: len(rows)], dist.log_std[: len(rows)])
 
@@ -775,6 +782,8 @@ def collect(policy: DecisionTransformer, envs: list[gym.Env], args: Args, iterat
             g[i] -= reward  # [10] not clamped
             going.append(not (terminated or truncated))
         alive = alive[going]
+    if any(map(unstable, envs)):
+        die(f"a simulation became unstable in iteration {iteration}: start a new run with another --seed.")
     seen = recorded(history, max(map(len, rewards)))
     ends = [args.c_online - 1 + len(each) for each in rewards]
     return [
@@ -878,8 +887,9 @@ def rollout_groups(
     new_returns = seen[1]
     if args.hindsight:  # the returns-to-go reached, also those of the K - 1 steps before the reset point
         earlier = np.stack([np.pad(source.rewards, (before, 0))[h : h + before] for source, h in members], axis=1)
-        reached = np.concatenate([earlier, rewards])[::-1].cumsum(0)[::-1][: before + length].T  # (N, K - 1 + L)
-        new_returns = torch.from_numpy(reached.astype(np.float32)).to(device)
+        inside = np.arange(len(rewards))[:, None] < limit - np.array([h for _, h in members])  # the time limit
+        reached = np.concatenate([earlier, rewards * inside])[::-1].cumsum(0)[::-1][: before + length]
+        new_returns = torch.from_numpy(reached.T.astype(np.float32)).to(device)  # (N, K - 1 + L)
     zeros = torch.zeros(n, length, device=device)
     sub = SubTrajectories(*seen, torch.from_numpy(u).to(device), new_returns, zeros, zeros[:, 0])
     lived = np.array(history.real[before:])  # (steps, N)
@@ -897,7 +907,7 @@ def group_advantages(scores: np.ndarray, group_size: int, delta_r: float) -> tup
     """
     groups = scores.reshape(-1, group_size)  # (P, G)
     mean, std = groups.mean(1, keepdims=True), groups.std(1, keepdims=True)
-    keep = (np.abs(groups - mean) > delta_r) & (std > 1e-8)
+    keep = (np.abs(groups - mean) > delta_r) & (std > 1e-8 + 1e-6 * np.abs(mean))  # more than rounding
     return ((groups - mean) / (std + 1e-8)).ravel(), keep.ravel()
 
 
@@ -935,7 +945,7 @@ class Lamb(torch.optim.Optimizer):
 
 
 def masked_mean(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Mean over the real tokens: values and real (B, K)."""
+    """Mean over the real tokens: values and real of one shape."""
     return (values * real).sum() / real.sum()
 
 
@@ -1240,6 +1250,7 @@ def choose_run_dir(args) -> Path:
     """The folder of this run, yet to be made. Exits with a line rather than mix two runs in one folder."""
     name = f"{args.env_id}__{Path(__file__).stem}__{args.dataset_kind}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '_')}")
+    run_dir = run_dir.parent if run_dir.is_file() else run_dir  # --resume RUN_DIR/checkpoint.pt
     if not args.resume and (run_dir / "checkpoint.pt").exists():
         die(f"{run_dir} holds a run already: go on with --resume {run_dir}, or choose another --run-dir.")
     return run_dir
@@ -1287,15 +1298,16 @@ def pretrained_on_random(args: Args) -> Path:
     environment for this width, kept under runs/pretrained: minutes on two cores at any width."""
     key = row_of(args.env_id, args.dataset_kind or "random")
     context = args.c_online or (ROWS[key][COLUMNS.index("c_online")] if key else 1)
-    target = Path(f"runs/pretrained/{args.env_id.replace('/', '_')}__{args.embed_dim}__c{context}__{args.seed}")
+    sizes = f"{args.embed_dim}__c{context}__u900"  # of the network and of the recipe [17]
+    target = Path(f"runs/pretrained/{args.env_id.replace('/', '_')}__{sizes}__{args.seed}")
     print(f"no --pretrained given: taking {target}, pretrained on random data", flush=True)
     if (target / "checkpoint.pt").exists():
         return target
     own = target.with_name(f"{target.name}.{os.getpid()}")  # parallel runs make their own, the first one stays
     flags = dict(env_id=args.env_id, embed_dim=args.embed_dim, seed=args.seed, device=args.device, run_dir=own)
     # [17] a context of c_online and small minibatches at a large rate: quick, and groups whose members differ
-    flags |= dict(c_offline=context, c_online=context, updates=900, batch_size=128 // (3 * context - 1), lr=1e-3)
-    flags["dataset_steps"] = 30_000
+    flags |= dict(c_offline=context, c_online=context, batch_size=max(1, 128 // (3 * context - 1)))
+    flags |= dict(updates=900, lr=1e-3, dataset_steps=30_000)
     flags |= {"threads": args.threads} if args.threads else {}
     command = [sys.executable, str(Path(__file__).with_name("pretrain_dt.py")), "--bf16" if args.bf16 else "--no-bf16"]
     command += [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
@@ -1333,13 +1345,22 @@ def run_facts(base: dict, args: Args, dtype: torch.dtype) -> dict:
 
 
 def check_flags(args: Args) -> None:
-    """Exits with a line on flags that do not go together."""
+    """Exits with a line on flags that do not go together or with the environment; fills in --full-trajectories."""
     exclusive = [("full_trajectories", "mixed_groups"), ("full_trajectories", "random_points")]
     for one, other in [*exclusive, ("token_ratio", "geometric_mean")]:
         if getattr(args, one) and getattr(args, other):
             die(f"--{one} and --{other} exclude each other: give one.".replace("_", "-"))
     if args.group_size < 2:
         die(f"--group-size is {args.group_size}: an advantage is relative to a group, give 2 or more.")
+    if args.resume:
+        return
+    env = make_env(args.env_id)
+    make_pool(env, 1, 1)  # what can't be reset is refused before minutes of pretraining
+    if args.full_trajectories:
+        if (args.l_traj, args.l_eval) != (None, None):
+            die("--full-trajectories sets L_traj and L_eval: leave --l-traj and --l-eval out.")
+        args.l_traj, args.l_eval = env.spec.max_episode_steps, 0
+    env.close()
 
 
 def row_of_iteration(
@@ -1373,8 +1394,6 @@ def main(args: Args) -> Path:
     base, saved = start(args)
     device, dtype = set_up_torch(args)
     envs = [make_env(args.env_id, base["env_kwargs"]) for _ in range(max(args.n_sources, args.n_trajectories))]
-    if args.full_trajectories:
-        args.l_traj, args.l_eval = envs[0].spec.max_episode_steps, 0
     size = args.n_sources * args.n_points * args.group_size
     pool = make_pool(make_env(args.env_id, base["env_kwargs"]), size, args.threads)
     model = load_model(base).use_precision(dtype).to(device)

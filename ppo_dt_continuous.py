@@ -49,7 +49,7 @@ import torch.nn.functional as F
 import tyro
 
 # Shapes: B minibatch, L = c_train steps, K context, S and A dimensions of observation and action, E embedding width,
-#         T steps of a full trajectory, M steps of all that are kept, padding included.
+#         T steps of a full trajectory, M steps of all that are kept, padding included; in section 4 L counts tokens.
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Arguments
@@ -71,7 +71,7 @@ class Args:
     embed_dim: int = 512
     """E, width of the transformer"""
     iterations: int = 500
-    """T: iterations of Algorithm 2"""
+    """iterations, Algorithm 2's T"""
 
     n_trajectories: int | None = None
     """full trajectories rolled out per iteration [None: the row]"""
@@ -137,7 +137,7 @@ class Args:
     run_dir: str | None = None
     """folder of the run [None: runs/ENV__SCRIPT__KIND__SEED__TIME]"""
     resume: str | None = None
-    """folder of a run to go on with; only its length (--updates, --iterations), --device and --track may change"""
+    """folder of a run to go on with; only its length, --device and --track may change"""
     eval_only: str | None = None
     """evaluate this checkpoint, or that in this folder, of any script here, and stop"""
     capture_video: bool = False
@@ -145,7 +145,7 @@ class Args:
     track: bool = False
     """also log to Weights & Biases (needs wandb)"""
     g_eval: float | None = None
-    """initial return-to-go of the evaluation [raw reward units; None: the row; not used by reinformer]"""
+    """initial return-to-go of evaluations [raw; None: g_online, in pretraining the row's; reinformer has none]"""
 
 
 # Table 7, what it says of all rows, and what Table 5 and the text say of locomotion and of the others. Keys:
@@ -289,7 +289,7 @@ def make_env(env_id: str, env_kwargs: dict | None = None, render_mode: str | Non
     try:
         env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True, **kwargs)
     except Exception as error:  # gymnasium's errors, missing packages, and whatever a task's own code raises
-        die(f"cannot make the environment {env_id}: {error}. Name one such as Hopper-v5 or Ant-v4.")
+        die(f"cannot make the environment {env_id}: {str(error) or repr(error)}. Name one such as Hopper-v5 or Ant-v4.")
     actions, seen = env.action_space, env.observation_space
     parts = seen.values() if isinstance(seen, gym.spaces.Dict) and {*seen} == {*GOAL_KEYS} else [seen]
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (*parts, actions)):
@@ -552,9 +552,9 @@ class History:
         # [16] few batch sizes, for oneDNN builds a kernel for each: multiples of 32, by repeated rows
         padded = np.resize(rows, min(len(rows) + -len(rows) % 32, len(returns)))
         steps = (self.observations, self.returns, self.actions, self.real)
-        windows = [np.stack(each[-self.context :], axis=1)[padded] for each in steps]  # (b, K, ...) each
-        windows[2] = windows[2][:, :-1]  # the last action is yet to be chosen
-        dist, used = policy.act(*(torch.from_numpy(each).to(policy.obs_mean.device) for each in windows))
+        seen = [np.stack(each[-self.context :], axis=1)[padded] for each in steps]  # (b, K, ...) each
+        seen[2] = seen[2][:, :-1]  # the last action is yet to be chosen
+        dist, used = policy.act(*(torch.from_numpy(each).to(policy.obs_mean.device) for each in seen))
         self.returns[-1][rows] = used[: len(rows)].cpu().numpy()  # reinformer: the predicted one stays in the window
         return SquashedGaussian(dist.mean[: len(rows)], dist.log_std[: len(rows)])
 
@@ -689,7 +689,7 @@ class Lamb(torch.optim.Optimizer):
 
 
 def masked_mean(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Mean over the real tokens: values and real (B, K)."""
+    """Mean over the real tokens: values and real of one shape."""
     return (values * real).sum() / real.sum()
 
 
@@ -796,8 +796,10 @@ class PPOLearner:
         steps = self.all_steps(1.0)
         self.value.set_units(steps.value_target[steps.real])
         rng = np.random.default_rng(stream(self.args.seed, 0, "minibatches of the value network"))
-        for _ in range(self.args.value_warmup):
+        for update in range(1, self.args.value_warmup + 1):
             self.update_value(self.draw(steps, rng))
+            if update % 50 == 0:  # what lies beyond the time limit is the network's own estimate, better by now
+                steps = self.all_steps(1.0)
 
     def update(self, iteration: int) -> dict[str, float]:
         """Lines 3 to 6: minibatches drawn from the buffer, a gradient step each; means of the values to log."""
@@ -823,7 +825,7 @@ class PPOLearner:
             self.updates += 1
             values |= {"loss": loss, "kappa": kappa, "value_loss": value_loss}
             logged.append(torch.stack([values[name].detach() for name in LOSSES]))
-        table = torch.stack(logged).cpu()  # the only wait for the device
+        table = torch.stack(logged).cpu()
         losses = dict(zip(LOSSES, table.mean(0).tolist()))
         losses["ratio_max"] = table[:, LOSSES.index("ratio_max")].max().item()
         losses["ratio_first"] = table[0, LOSSES.index("ratio_mean")].item()
@@ -1029,6 +1031,7 @@ def choose_run_dir(args) -> Path:
     """The folder of this run, yet to be made. Exits with a line rather than mix two runs in one folder."""
     name = f"{args.env_id}__{Path(__file__).stem}__{args.dataset_kind}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '_')}")
+    run_dir = run_dir.parent if run_dir.is_file() else run_dir  # --resume RUN_DIR/checkpoint.pt
     if not args.resume and (run_dir / "checkpoint.pt").exists():
         die(f"{run_dir} holds a run already: go on with --resume {run_dir}, or choose another --run-dir.")
     return run_dir
@@ -1076,15 +1079,16 @@ def pretrained_on_random(args: Args) -> Path:
     environment for this width, kept under runs/pretrained: minutes on two cores at any width."""
     key = row_of(args.env_id, args.dataset_kind or "random")
     context = args.c_online or (ROWS[key][COLUMNS.index("c_online")] if key else 1)
-    target = Path(f"runs/pretrained/{args.env_id.replace('/', '_')}__{args.embed_dim}__c{context}__{args.seed}")
+    sizes = f"{args.embed_dim}__c{context}__u900"  # of the network and of the recipe [17]
+    target = Path(f"runs/pretrained/{args.env_id.replace('/', '_')}__{sizes}__{args.seed}")
     print(f"no --pretrained given: taking {target}, pretrained on random data", flush=True)
     if (target / "checkpoint.pt").exists():
         return target
     own = target.with_name(f"{target.name}.{os.getpid()}")  # parallel runs make their own, the first one stays
     flags = dict(env_id=args.env_id, embed_dim=args.embed_dim, seed=args.seed, device=args.device, run_dir=own)
     # [17] a context of c_online and small minibatches at a large rate: quick, and groups whose members differ
-    flags |= dict(c_offline=context, c_online=context, updates=900, batch_size=128 // (3 * context - 1), lr=1e-3)
-    flags["dataset_steps"] = 30_000
+    flags |= dict(c_offline=context, c_online=context, batch_size=max(1, 128 // (3 * context - 1)))
+    flags |= dict(updates=900, lr=1e-3, dataset_steps=30_000)
     flags |= {"threads": args.threads} if args.threads else {}
     command = [sys.executable, str(Path(__file__).with_name("pretrain_dt.py")), "--bf16" if args.bf16 else "--no-bf16"]
     command += [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]

@@ -110,7 +110,7 @@ class Args:
     """tau of the expectile regression of the return [reinformer only]"""
 
     g_eval: float | None = None
-    """initial return-to-go of the evaluation [raw reward units; None: the row; not used by reinformer]"""
+    """initial return-to-go of evaluations [raw; None: g_online, in pretraining the row's; reinformer has none]"""
     eval_episodes: int = 10
     """episodes of an evaluation"""
 
@@ -127,7 +127,7 @@ class Args:
     run_dir: str | None = None
     """folder of the run [None: runs/ENV__SCRIPT__KIND__SEED__TIME]"""
     resume: str | None = None
-    """folder of a run to go on with; only its length (--updates, --iterations), --device and --track may change"""
+    """folder of a run to go on with; only its length, --device and --track may change"""
     eval_only: str | None = None
     """evaluate this checkpoint, or that in this folder, of any script here, and stop"""
     capture_video: bool = False
@@ -282,7 +282,7 @@ def make_env(env_id: str, env_kwargs: dict | None = None, render_mode: str | Non
     try:
         env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True, **kwargs)
     except Exception as error:  # gymnasium's errors, missing packages, and whatever a task's own code raises
-        die(f"cannot make the environment {env_id}: {error}. Name one such as Hopper-v5 or Ant-v4.")
+        die(f"cannot make the environment {env_id}: {str(error) or repr(error)}. Name one such as Hopper-v5 or Ant-v4.")
     actions, seen = env.action_space, env.observation_space
     parts = seen.values() if isinstance(seen, gym.spaces.Dict) and {*seen} == {*GOAL_KEYS} else [seen]
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (*parts, actions)):
@@ -725,9 +725,9 @@ class History:
         # [16] few batch sizes, for oneDNN builds a kernel for each: multiples of 32, by repeated rows
         padded = np.resize(rows, min(len(rows) + -len(rows) % 32, len(returns)))
         steps = (self.observations, self.returns, self.actions, self.real)
-        windows = [np.stack(each[-self.context :], axis=1)[padded] for each in steps]  # (b, K, ...) each
-        windows[2] = windows[2][:, :-1]  # the last action is yet to be chosen
-        dist, used = policy.act(*(torch.from_numpy(each).to(policy.obs_mean.device) for each in windows))
+        seen = [np.stack(each[-self.context :], axis=1)[padded] for each in steps]  # (b, K, ...) each
+        seen[2] = seen[2][:, :-1]  # the last action is yet to be chosen
+        dist, used = policy.act(*(torch.from_numpy(each).to(policy.obs_mean.device) for each in seen))
         self.returns[-1][rows] = used[: len(rows)].cpu().numpy()  # reinformer: the predicted one stays in the window
         return SquashedGaussian(dist.mean[: len(rows)], dist.log_std[: len(rows)])
 
@@ -799,7 +799,7 @@ class Lamb(torch.optim.Optimizer):
 
 
 def masked_mean(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Mean over the real tokens: values and real (B, K)."""
+    """Mean over the real tokens: values and real of one shape."""
     return (values * real).sum() / real.sum()
 
 
@@ -1026,6 +1026,7 @@ def choose_run_dir(args) -> Path:
     """The folder of this run, yet to be made. Exits with a line rather than mix two runs in one folder."""
     name = f"{args.env_id}__{Path(__file__).stem}__{args.dataset_kind}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '_')}")
+    run_dir = run_dir.parent if run_dir.is_file() else run_dir  # --resume RUN_DIR/checkpoint.pt
     if not args.resume and (run_dir / "checkpoint.pt").exists():
         die(f"{run_dir} holds a run already: go on with --resume {run_dir}, or choose another --run-dir.")
     return run_dir

@@ -53,7 +53,8 @@ import torch.nn.functional as F
 import tyro
 
 # Shapes: P points (s, g), G group size, B minibatch, K context, S and A dimensions of observation and action,
-#         E embedding width, T steps of a full trajectory, M slots of all transitions, padding included.
+#         E embedding width, T steps of a full trajectory, M slots of all transitions, padding included; L = 1 step of
+#         a candidate, in section 4 the number of tokens.
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Arguments
@@ -81,16 +82,16 @@ class Args:
     embed_dim: int = 512
     """E, width of the transformer"""
     iterations: int = 500
-    """T: iterations of Algorithm 1"""
+    """iterations, Algorithm 1's T"""
 
     n_trajectories: int | None = None
-    """full trajectories rolled out per iteration [None: the row]"""
+    """full trajectories rolled out per iteration, n_sources at least in the first [None: the row]"""
     replay_size: int = 32
     """full trajectories kept, first in, first out"""
     n_sources: int = 16
     """full trajectories drawn per iteration"""
     n_points: int = 4
-    """K: points per drawn trajectory"""
+    """points per drawn trajectory, Algorithm 1's K"""
     group_size: int = 8
     """G: members of a group, all from the same point"""
     buffer_size: int = 2048
@@ -164,7 +165,7 @@ class Args:
     run_dir: str | None = None
     """folder of the run [None: runs/ENV__SCRIPT__KIND__SEED__TIME]"""
     resume: str | None = None
-    """folder of a run to go on with; only its length (--updates, --iterations), --device and --track may change"""
+    """folder of a run to go on with; only its length, --device and --track may change"""
     eval_only: str | None = None
     """evaluate this checkpoint, or that in this folder, of any script here, and stop"""
     capture_video: bool = False
@@ -172,7 +173,7 @@ class Args:
     track: bool = False
     """also log to Weights & Biases (needs wandb)"""
     g_eval: float | None = None
-    """initial return-to-go of the evaluation [raw reward units; None: the row; not used by reinformer]"""
+    """initial return-to-go of evaluations [raw; None: g_online, in pretraining the row's; reinformer has none]"""
 
 
 # Table 6 and Appendix B.1; for the critic ODT+TD3's settings and Table 5. Keys: environment id up to the version, kind
@@ -319,7 +320,7 @@ def make_env(env_id: str, env_kwargs: dict | None = None, render_mode: str | Non
     try:
         env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True, **kwargs)
     except Exception as error:  # gymnasium's errors, missing packages, and whatever a task's own code raises
-        die(f"cannot make the environment {env_id}: {error}. Name one such as Hopper-v5 or Ant-v4.")
+        die(f"cannot make the environment {env_id}: {str(error) or repr(error)}. Name one such as Hopper-v5 or Ant-v4.")
     actions, seen = env.action_space, env.observation_space
     parts = seen.values() if isinstance(seen, gym.spaces.Dict) and {*seen} == {*GOAL_KEYS} else [seen]
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (*parts, actions)):
@@ -709,7 +710,10 @@ def check_data(raw: RawData, name: str, env: gym.Env) -> RawData:
 def lay_out(context, lengths, observations, returns, actions, rewards, terminated, last=None) -> Transitions:
     """Trajectories of `lengths` (n,) steps, one after the other in observations (N, S), returns (N,), actions (N, A)
     and rewards (N,), as Transitions. terminated (n,): how each ended. last (n, S): the observations after the last
-    steps [None: unknown, so the last step of a trajectory that did not terminate is not usable]."""
+    steps [None: unknown, so the last step of a trajectory that did not terminate is not usable].
+
+    Two trajectories at K = 3, s' the state after the last step:  . . s0 s1 s'  . . s0 s1 s2 s'
+    """
     lasts = np.cumsum(lengths) - 1  # (n,) last steps
     slots = np.arange(len(rewards)) + np.repeat(np.arange(len(lengths)) * context, lengths) + context - 1  # (N,)
     total, ends = len(rewards) + context * len(lengths), slots[lasts]  # M, and (n,) the slots of last steps
@@ -795,9 +799,9 @@ class History:
         # [16] few batch sizes, for oneDNN builds a kernel for each: multiples of 32, by repeated rows
         padded = np.resize(rows, min(len(rows) + -len(rows) % 32, len(returns)))
         steps = (self.observations, self.returns, self.actions, self.real)
-        windows = [np.stack(each[-self.context :], axis=1)[padded] for each in steps]  # (b, K, ...) each
-        windows[2] = windows[2][:, :-1]  # the last action is yet to be chosen
-        dist, used = policy.act(*(torch.from_numpy(each).to(policy.obs_mean.device) for each in windows))
+        seen = [np.stack(each[-self.context :], axis=1)[padded] for each in steps]  # (b, K, ...) each
+        seen[2] = seen[2][:, :-1]  # the last action is yet to be chosen
+        dist, used = policy.act(*(torch.from_numpy(each).to(policy.obs_mean.device) for each in seen))
         self.returns[-1][rows] = used[: len(rows)].cpu().numpy()  # reinformer: the predicted one stays in the window
         return SquashedGaussian(dist.mean[: len(rows)], dist.log_std[: len(rows)])
 
@@ -932,7 +936,7 @@ def sample_candidates(
     fields = [each.repeat_interleave(args.group_size, dim=0) for each in (observations, returns, actions, real)]
     scores = critic(fields[0][:, -1], squash(u)).min(0).values * args.reward_divisor  # R(a) = min(Q1, Q2)
     zeros = torch.zeros_like(u[:, :1])
-    return Candidates(*fields, u[:, None], zeros, zeros.clone()), scores.cpu().numpy()
+    return Candidates(*fields, u[:, None], zeros, zeros.clone()), scores.cpu().numpy().astype(np.float64)
 
 
 def group_advantages(scores: np.ndarray, group_size: int, delta_r: float) -> tuple[np.ndarray, np.ndarray]:
@@ -943,7 +947,7 @@ def group_advantages(scores: np.ndarray, group_size: int, delta_r: float) -> tup
     """
     groups = scores.reshape(-1, group_size)  # (P, G)
     mean, std = groups.mean(1, keepdims=True), groups.std(1, keepdims=True)
-    keep = (np.abs(groups - mean) > delta_r) & (std > 1e-8)
+    keep = (np.abs(groups - mean) > delta_r) & (std > 1e-8 + 1e-6 * np.abs(mean))  # more than rounding
     return ((groups - mean) / (std + 1e-8)).ravel(), keep.ravel()
 
 
@@ -1071,7 +1075,7 @@ class QGuidedLearner:
         self.transitions = Transitions(*(torch.cat([old, more.to(device)]) for old, more in zip(self.transitions, new)))
 
     def update_critic(self, index: torch.Tensor) -> torch.Tensor:
-        """A step of TD3's critic on the transitions at the slots `index`; loss, mean Q and mean target to log: (3,)."""
+        """A step of TD3's critic on the transitions at the slots `index`; the values of CRITIC_LOSSES (4,)."""
         target = td_target(self.transitions, index, self.target_policy, self.target_critic, self.args)  # (B,)
         q = self.critic(self.transitions.observations[index], self.transitions.actions[index])  # (2, B)
         loss = ((q - target) ** 2).mean(1).sum()
@@ -1082,7 +1086,8 @@ class QGuidedLearner:
         if self.critic_steps % self.args.policy_delay == 0:  # departure (4)
             polyak(self.target_critic, self.critic, self.args.tau)
             polyak(self.target_policy, self.model, self.args.tau)
-        return torch.stack([loss.detach(), q.detach().mean(), target.mean()])
+        gap = (q[0] - q[1]).detach().abs().mean()  # large beside the spread of a group: the scores are noise
+        return torch.stack([loss.detach(), q.detach().mean(), gap, target.mean()])
 
     def train_critic(self, iteration: int, updates: int, show_every: int = 0) -> dict[str, float]:
         """Updates of the critic on transitions drawn uniformly from all there are; means of the values to log, and the
@@ -1100,7 +1105,7 @@ class QGuidedLearner:
                 rate = update / (time.time() - begun)
                 left = (updates - update) / rate / 60
                 print(f"critic {update:,}/{updates:,}  {shown}  {rate:.1f} updates/s  {left:.1f} min left", flush=True)
-        losses = dict(zip(CRITIC_LOSSES, (sums / updates).tolist()))  # the only wait for the device
+        losses = dict(zip(CRITIC_LOSSES, (sums / max(updates, 1)).tolist()))
         if not all(map(math.isfinite, losses.values())):
             die(f"the critic is not finite in iteration {iteration} ({losses}): begin anew with a lower --lr-critic.")
         return {f"losses/{name}": value for name, value in losses.items()} | {"time/critic": time.time() - begun}
@@ -1187,7 +1192,7 @@ class QGuidedLearner:
 
 EVALUATION = ("eval/return_mean", "eval/return_std", "eval/length_mean", "eval/distance_mean", "eval/normalized_score")
 LOSSES = ("loss", "surrogate", "ratio_mean", "ratio_max", "clip_fraction", "kl", "entropy", "kappa", "grad_norm")
-CRITIC_LOSSES = ("critic_loss", "q_mean", "target_mean")
+CRITIC_LOSSES = ("critic_loss", "q_mean", "q_gap", "target_mean")
 METRICS = ["iteration", "charts/env_steps", "charts/SPS", "charts/gradient_updates", "charts/critic_updates"]
 METRICS += ["charts/buffer", "charts/env_steps_full", "charts/env_steps_eval", *EVALUATION]
 METRICS += ["rollout/return", "rollout/length", "rollout/terminated", "rollout/candidate_q", "rollout/group_std"]
@@ -1360,6 +1365,7 @@ def choose_run_dir(args) -> Path:
     """The folder of this run, yet to be made. Exits with a line rather than mix two runs in one folder."""
     name = f"{args.env_id}__{Path(__file__).stem}__{args.dataset_kind}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '_')}")
+    run_dir = run_dir.parent if run_dir.is_file() else run_dir  # --resume RUN_DIR/checkpoint.pt
     if not args.resume and (run_dir / "checkpoint.pt").exists():
         die(f"{run_dir} holds a run already: go on with --resume {run_dir}, or choose another --run-dir.")
     return run_dir
@@ -1407,15 +1413,16 @@ def pretrained_on_random(args: Args) -> Path:
     environment for this width, kept under runs/pretrained: minutes on two cores at any width."""
     key = row_of(args.env_id, args.dataset_kind or "random")
     context = args.c_online or (ROWS[key][COLUMNS.index("c_online")] if key else 1)
-    target = Path(f"runs/pretrained/{args.env_id.replace('/', '_')}__{args.embed_dim}__c{context}__{args.seed}")
+    sizes = f"{args.embed_dim}__c{context}__u900"  # of the network and of the recipe [17]
+    target = Path(f"runs/pretrained/{args.env_id.replace('/', '_')}__{sizes}__{args.seed}")
     print(f"no --pretrained given: taking {target}, pretrained on random data", flush=True)
     if (target / "checkpoint.pt").exists():
         return target
     own = target.with_name(f"{target.name}.{os.getpid()}")  # parallel runs make their own, the first one stays
     flags = dict(env_id=args.env_id, embed_dim=args.embed_dim, seed=args.seed, device=args.device, run_dir=own)
     # [17] a context of c_online and small minibatches at a large rate: quick, and groups whose members differ
-    flags |= dict(c_offline=context, c_online=context, updates=900, batch_size=128 // (3 * context - 1), lr=1e-3)
-    flags["dataset_steps"] = 30_000
+    flags |= dict(c_offline=context, c_online=context, batch_size=max(1, 128 // (3 * context - 1)))
+    flags |= dict(updates=900, lr=1e-3, dataset_steps=30_000)
     flags |= {"threads": args.threads} if args.threads else {}
     command = [sys.executable, str(Path(__file__).with_name("pretrain_dt.py")), "--bf16" if args.bf16 else "--no-bf16"]
     command += [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]

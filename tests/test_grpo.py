@@ -11,6 +11,7 @@ import time
 import types
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -44,6 +45,7 @@ from grpo_dt_continuous import (
     rollout_copy,
     rollout_groups,
     scale_action,
+    simulator_of,
     squash,
     stream,
     windows,
@@ -639,6 +641,13 @@ def test_where_all_fall_before_l_traj_the_rest_is_no_step():
     assert not sub.u[~sampled(sub)].any()
 
 
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "Walker2d-v4", "Ant-v4", "Ant-v5", "AdroitHandDoor-v1"])
+def test_a_pool_steps_no_row_as_well(env_id):
+    env = make_env(env_id)
+    observations, rewards, terminated = make_pool(env, 2, 2).step(np.arange(0), np.zeros((0, *env.action_space.shape)))
+    assert observations.shape == (0, *env.observation_space.shape) and rewards.shape == terminated.shape == (0,)
+
+
 def test_rollouts_do_not_depend_on_the_number_of_threads():
     flags = dict(l_traj=6, l_eval=20, c_online=3, n_sources=5, random_points=True)
     one, two = (roll(threads=threads, **flags) for threads in (1, 2))
@@ -718,6 +727,18 @@ def test_hindsight_relabels_with_the_returns_reached_at_the_end_of_the_episode()
     fall, relabelled = (each[:, :-1] - each[:, 1:] for each in (sub.returns, sub.new_returns))
     torch.testing.assert_close(fall, relabelled, atol=1e-3, rtol=0)  # either way by the reward of the step
     assert (sub.new_returns[:, 0].numpy() < groups.scores).all()  # every reward of Pusher is negative
+
+
+def test_hindsight_counts_no_reward_beyond_the_time_limit():
+    """Pusher's 100 steps, scores over 60: where fewer are left, the return reached is less than the undiscounted score
+    by what came after the limit, and the same where at least 60 are left and none are played on."""
+    flags = dict(l_traj=3, l_eval=57, gamma=1.0, n_sources=6, random_points=True)
+    rolled = roll(env_id="Pusher-v5", hindsight=True, **flags)
+    left = 100 - np.repeat([h for _, h in rolled.points], 4)
+    reached, scores = rolled.groups.sub.new_returns[:, 0].numpy(), rolled.groups.scores
+    assert (left < 60).any() and (left > 60).any()
+    assert (reached[left < 60] > scores[left < 60] + 0.01).all()  # every reward of Pusher is negative
+    assert (reached[left > 60] < scores[left > 60] - 0.01).all()
 
 
 @CONTEXTS
@@ -882,6 +903,7 @@ ABLATIONS = ["hindsight", "full_trajectories", "mixed_groups", "token_ratio", "r
 @pytest.mark.parametrize("flag", ABLATIONS)
 def test_every_ablation_runs_and_changes_what_is_learned(flag, whole, pretrained, tmp_path):
     sizes = dict(n_sources=1, n_batch=2, n_minibatches=2) if flag == "full_trajectories" else {}
+    sizes |= dict(l_traj=None, l_eval=None) if flag == "full_trajectories" else {}
     args = toy_args(iterations=1, pretrained=pretrained(), run_dir=str(tmp_path / "run"), **sizes, **{flag: True})
     rows, plain = table(main(args)), table(whole)
     assert all(math.isfinite(float(rows[1][f"losses/{name}"])) for name in grpo.LOSSES)
@@ -969,6 +991,19 @@ def test_where_nothing_is_kept_no_update_is_made_and_the_run_says_so_and_goes_on
     before, after = load_checkpoint(Path(pretrained()))["weights"], load_checkpoint(run_dir)["weights"]
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert_same_run(run_dir, main(toy_args(**flags, iterations=2, run_dir=str(tmp_path / "whole"))))
+
+
+def test_a_full_trajectory_that_mujoco_had_to_reset_is_not_kept():
+    class Thrown(gym.Wrapper):
+        def step(self, action):
+            simulator_of(self).data.qvel[3] = 1e12
+            return self.env.step(action)
+
+    args = toy_args()
+    policy, env = rollout_copy(draw_model(11, 3)), make_env("Hopper-v5")
+    collect(policy, [env], args, 1)
+    with refused("a simulation became unstable in iteration 2"):
+        collect(policy, [env, Thrown(env)], args, 2)
 
 
 def test_a_simulation_that_became_unstable_stops_the_run_and_keeps_the_checkpoint(pretrained, tmp_path, monkeypatch):
@@ -1091,6 +1126,7 @@ def test_a_command_without_a_checkpoint_pretrains_and_finetunes(tmp_path):
         ({"group_size": 1}, "--group-size is 1: .* give 2 or more"),
         ({"full_trajectories": True, "mixed_groups": True}, "--full-trajectories .*--mixed-groups"),
         ({"full_trajectories": True, "random_points": True}, "--full-trajectories .*--random-points"),
+        ({"full_trajectories": True}, "--full-trajectories sets L_traj and L_eval: leave --l-traj"),
         ({"token_ratio": True, "geometric_mean": True}, "--token-ratio .*--geometric-mean"),
         ({"n_sources": 0}, "--n-sources is 0: give one above 0"),
         ({"epsilon": math.nan}, "--epsilon is nan"),
@@ -1102,6 +1138,19 @@ def test_what_cannot_work_is_refused_in_a_line_before_anything_is_written(flags,
     with refused(match):
         main(toy_args(pretrained=pretrained(), run_dir=str(tmp_path / "run"), **flags))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "PointMaze_UMaze-v3"])
+def test_what_cannot_be_reset_is_refused_before_pretraining(env_id, pretraining):
+    with refused(f"{env_id} is no MuJoCo environment to reset to a state"):
+        main(toy_args(env_id=env_id))
+    assert not pretraining
+
+
+def test_a_run_goes_on_from_its_folder_and_from_the_checkpoint_in_it(whole, pretrained, tmp_path):
+    run_dir = main(toy_args(iterations=2, pretrained=pretrained(), run_dir=str(tmp_path / "split")))
+    resume(run_dir / "checkpoint.pt", "--iterations", 4)
+    assert_same_run(run_dir, whole)
 
 
 def test_a_run_of_pretrain_dt_is_not_resumed_by_this_script(pretrained):

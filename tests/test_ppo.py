@@ -478,6 +478,22 @@ def test_warming_up_takes_the_units_of_the_returns_and_fits_them():
     assert value_error(warm, steps) < 0.5 * value_error(cold, steps)
 
 
+def test_beyond_the_time_limit_the_warm_up_counts_on_the_network_itself():
+    """Reward 1 for 50 steps, then the time limit: with gamma 0.98 every value is 1 / (1 - 0.98) = 50, while the rewards
+    seen alone are worth 32 at first and 1 at last, 20 on average."""
+    for count, low, high in ((50, 10, 30), (2000, 42, 51)):
+        learner = filled_learner(gamma=0.98, n_batch=64, lr_value=3e-2, value_warmup=count)
+        episode, old = learner.replay[0]
+        fields = [np.resize(f, (50, *f.shape[1:])) for f in (*episode[:5], old)]
+        episode = episode._replace(
+            **dict(zip(episode._fields, fields[:5])), rewards=np.ones(50), terminated=np.array(False)
+        )
+        learner.replay = [(episode, fields[5])]
+        learner.warm_up_value()
+        steps = learner.all_steps(1.0)
+        assert low < learner.value(steps.observations)[steps.real].mean().item() < high
+
+
 def test_only_the_first_iteration_warms_up_and_targets_are_worked_out_anew():
     learner = filled_learner()
     assert math.isfinite(learner.update(1)["losses/explained_variance"])

@@ -313,6 +313,16 @@ def test_offline_data_are_read_as_transitions(tmp_path):
     np.testing.assert_allclose(data.rewards[steps], raw["rewards"][at], rtol=1e-6)
 
 
+def test_offline_actions_are_scaled_from_the_bounds_of_the_environment(tmp_path):
+    rng, count = np.random.default_rng(0), 6
+    arrays = dict(observations=rng.normal(size=(count, 3)), actions=np.linspace(-2.0, 1.5, count)[:, None])  # in +-2
+    write_data(tmp_path / "d.hdf5", [count], [False], **arrays)
+    args = toy_args(env_id="Pendulum-v1", dataset=str(tmp_path / "d.hdf5"))
+    data, _ = load_offline(args, {}, make_env("Pendulum-v1"))
+    expected = np.linspace(-1.0, 0.75, count).clip(-ACTION_LIMIT, ACTION_LIMIT)
+    np.testing.assert_allclose(data.actions[data.usable][:, 0], expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("context", [1, 3])
 def test_for_offline_steps_the_target_policy_sees_the_realised_return(context, tmp_path):
     raw = write_data(tmp_path / "d.hdf5", [4, 3], [True, False])
@@ -439,10 +449,11 @@ def test_the_loss_is_the_sum_of_both_squared_errors():
     y = td_target(learner.transitions, index, learner.target_policy, learner.target_critic, learner.args)
     q = learner.critic(learner.transitions.observations[index], learner.transitions.actions[index])
     torch.manual_seed(4)
-    loss, q_mean, target_mean = learner.update_critic(index).tolist()
+    loss, q_mean, q_gap, target_mean = learner.update_critic(index).tolist()
     expected = F.mse_loss(q[0], y) + F.mse_loss(q[1], y)
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     assert (q_mean, target_mean) == pytest.approx((q.mean().item(), y.mean().item()), rel=1e-5)
+    assert q_gap == pytest.approx((q[0] - q[1]).abs().mean().item(), rel=1e-5)
 
 
 def random_states(count, seed=0):
@@ -483,7 +494,7 @@ def test_along_a_chain_q_is_the_discounted_sum_and_a_time_limit_cuts_nothing():
 
 def test_transitions_are_drawn_uniformly_from_offline_and_online_alike(monkeypatch):
     learner, drawn = filled_learner(critic_batch=50), []
-    monkeypatch.setattr(learner, "update_critic", lambda index: drawn.append(index) or torch.ones(3))
+    monkeypatch.setattr(learner, "update_critic", lambda index: drawn.append(index) or torch.ones(4))
     learner.train_critic(1, 100)
     usable = learner.transitions.usable.nonzero()[:, 0]
     found, counts = torch.cat(drawn).unique(return_counts=True)
@@ -496,7 +507,16 @@ def test_progress_lines_tell_of_the_warm_up(capsys):
     filled_learner().train_critic(0, 5, show_every=2)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
-    assert all(re.search(r"critic_loss [\d.]+  q_mean \S+  target_mean \S+  .* updates/s", line) for line in lines)
+    assert all(
+        re.search(r"critic_loss [\d.]+  q_mean \S+  q_gap \S+  target_mean \S+  .* updates/s", line) for line in lines
+    )
+
+
+def test_without_a_warm_up_the_critic_begins_as_it_is():
+    learner = filled_learner(critic_warmup=0)
+    before = weights(learner.critic)
+    assert learner.train_critic(0, 0)["losses/critic_loss"] == 0.0
+    assert torch.equal(weights(learner.critic), before)
 
 
 def test_a_critic_that_is_not_finite_ends_the_run_in_a_line():
@@ -630,6 +650,14 @@ def test_members_within_delta_r_leave_and_nothing_kept_is_said(capsys):
     known_scores(learner, [2.0] * 4)
     assert learner.add_candidates(1)["rollout/kept"] == 0.0 and learner.update(1) == {}
     assert "nothing kept" in capsys.readouterr().out and learner.updates == 0
+
+
+def test_scores_that_differ_by_rounding_alone_are_no_group_with_spread():
+    """Around 123 a float32 is 7.6e-6 from the next one."""
+    learner, up = filled_learner(n_sources=2, n_points=1), float(np.nextafter(np.float32(123), np.float32(200)))
+    known_scores(learner, [123.0, 123.0, up, 123.0, 123.0, 124.0, 123.0, 124.0])
+    assert learner.add_candidates(1)["rollout/kept"] == 0.5
+    np.testing.assert_allclose(learner.buffer.advantage[:, 0], [-1.0, 1.0, -1.0, 1.0], rtol=1e-5)
 
 
 def test_the_buffer_keeps_the_last_candidates():
