@@ -55,21 +55,26 @@ FIGURES = {
 # Names in the paper's tables -> names in args.json, and Table 5.
 SETTINGS = {"lr_policy": "lr", "k_ppo": "n_trajectories"}
 COMMON = dict(embed_dim=512, n_layers=4, n_heads=4, beta=1e-3, weight_decay=1e-4, max_grad_norm=0.5)
+# Appendix B.1, and flags of the ablations, which the method of Table 1 has not.
+GROUPS = dict(replay_size=32, n_sources=16, n_points=4, group_size=8, buffer_size=2048, n_minibatches=8)
+ABLATIONS = ("hindsight", "full_trajectories", "mixed_groups", "token_ratio", "random_points", "geometric_mean")
 
 INTRODUCTION = f"""# Our numbers beside the paper's
 
 Normalised scores: 0 = random, 100 = expert.
 
 - **last**: mean ± standard deviation over seeds (n - 1, so none for one seed) of a run's score, the mean of its last
-  {LAST} evaluations after updates; pretraining has one evaluation. In an average: the mean over its datasets.
+  {LAST} evaluations after updates, or of fewer where that is said; pretraining has one. In an average: the mean over
+  its datasets.
 - **best**: the largest single evaluation of all seeds. Evaluations are noisy, so it says little.
 - **IQM**: interquartile mean over seeds, in an average over all seeds of its datasets: the mean without the lowest and
   the highest quarter of the scores (rounded down, so with 3 seeds the plain mean); 95 % interval by {RESAMPLES:,}
   bootstrap samples of the seeds of each dataset.
-- **s / iteration**: wall time of an iteration with its evaluation, of DT of an update, on whatever machine the run had:
-  the median over iterations and seeds.
-- **differs in**: settings of a run that are not those of the paper's Tables 5 to 7, ours (paper's); unknown: the run
-  folder has no args.json. The number of iterations is not in the paper.
+- **s / iteration**: wall time of an iteration, with its evaluation where it has one, of DT of an update, on whatever
+  machine the run had: the median over iterations and seeds.
+- **differs in**: settings of a run that are not those of the paper's Tables 5 to 7 and Appendix B.1, ours (paper's),
+  and the context of its pretraining; unknown: the run folder has no args.json. The number of iterations is not in the
+  paper.
 """
 TABLE_1 = f"""Ours / the paper's; IQL, ODT and ODT+TD3: the paper's.
 \\*: fewer than {SEEDS} seeds, not finished, or settings that differ from the paper's or are unknown."""
@@ -92,7 +97,8 @@ def dataset_keys(name: str) -> list[tuple[str, str]]:
 
 
 def paper_settings(method: str, task: str, kind: str) -> dict[str, float]:
-    """What Tables 5, 6 and 7 say of a method on a dataset, under the names in args.json."""
+    """What Tables 5, 6 and 7 and Appendix B.1 say of a method on a dataset, under the names in args.json; the critic of
+    Q-guided GRPO-DT: TD3's and ODT+TD3's settings, which it follows."""
     name = {"ppo_dt": "table7.csv"}.get(method, "table6.csv")
     row = next((row for row in read_csv(PAPER / name) if (task, kind) in dataset_keys(row["environments"])), {})
     values = {SETTINGS.get(key, key): float(value) for key, value in row.items() if key != "environments"}
@@ -100,10 +106,12 @@ def paper_settings(method: str, task: str, kind: str) -> dict[str, float]:
         values = {key: values[key] for key in ("c_offline", "c_online") if key in values}
     if method == "ppo_dt":  # the caption of Table 7
         values |= dict(epsilon=0.2, gamma=0.99, gae_lambda=0.95)
-    if method == "q_guided_grpo_dt":  # Appendix B.1; its gamma is the critic's, and it is not said to drop members
-        values = {key: value for key, value in values.items() if key not in ("gamma", "delta_r")}
-        values |= dict(lr=1e-5, kappa_initial=1e-2)
-    return COMMON | values
+    if method == "q_guided_grpo_dt":  # Appendix B.1; it is not said to drop members
+        values = {key: value for key, value in values.items() if key != "delta_r"}
+        values |= dict(lr=1e-5, kappa_initial=1e-2, gamma=0.998 if task == "AntMaze" else 0.99, tau=0.005)
+    if method in ("grpo_dt", "q_guided_grpo_dt"):
+        values |= GROUPS
+    return COMMON | values | dict.fromkeys(ABLATIONS, False)
 
 
 # Runs
@@ -184,10 +192,29 @@ def settings_that_differ(method: str, task: str, kind: str, args: dict) -> str:
         return "unknown"
     values = ((name, args.get(name), value) for name, value in paper_settings(method, task, kind).items())
     return ", ".join(
-        f"{name} {ours:g} ({paper:g})"
+        name if name in ABLATIONS else f"{name} {ours:g} ({paper:g})"
         for name, ours, paper in values
         if isinstance(ours, int | float) and not math.isclose(ours, paper)
     )
+
+
+def pretraining_that_differs(folder: Path, method: str, task: str, kind: str, args: dict) -> str:
+    """The same of the checkpoint that a run began with: what its args.json says, which is looked for where the run has
+    it and beside the run's folder."""
+    if "pretrained" not in args:
+        return ""
+    if args["pretrained"] is None:
+        return "pretrained by the script itself"
+    start = Path(args["pretrained"])
+    start = start.parent if start.suffix == ".pt" else start
+    for place in (start, folder.parent / start.name):
+        if (place / "args.json").exists():
+            theirs = json.loads((place / "args.json").read_text())["args"]
+            paper = paper_settings(method, task, kind) | paper_settings("pretrain_dt", task, kind)
+            if theirs.get("c_offline") in (None, paper.get("c_offline")):
+                return ""
+            return f"pretrained at c_offline {theirs['c_offline']} ({paper['c_offline']:g})"
+    return "pretraining unknown"
 
 
 def read_run(folder: Path) -> Run | str:
@@ -205,7 +232,8 @@ def read_run(folder: Path) -> Run | str:
         for row in rows
         if row.get("eval/normalized_score")
     ]
-    differs, goal = settings_that_differ(*identity[:3], args), args.get("iterations") or args.get("updates")
+    differs = (settings_that_differ(*identity[:3], args), pretraining_that_differs(folder, *identity[:3], args))
+    differs, goal = ", ".join(filter(None, differs)), args.get("iterations") or args.get("updates")
     times = [float(row["time/iteration"]) for row in rows if row.get("time/iteration")]
     made, seconds = max((int(row["iteration"]) for row in rows), default=0), statistics.median(times or [math.nan])
     run = Run(folder, *identity, points, goal, made, seconds, differs)
@@ -265,6 +293,7 @@ class Summary:
     iterations: str
     seconds: float
     differs: str
+    evaluations: int  # of the seed or dataset that has fewest, at most LAST: what "last" is the mean of
     paper: float = math.nan
     paper_std: float = math.nan
 
@@ -290,6 +319,7 @@ def summarise(runs: list[Run], data: str = "") -> Summary:
         span([run.iteration for run in runs]),
         statistics.median(run.seconds for run in runs),
         first.differs,
+        min(len(run.scores[-LAST:]) for run in runs),
     )
 
 
@@ -310,6 +340,7 @@ def summarise_block(groups: list[list[Run]], cells: list[Summary], name: str) ->
         span([run.iteration for runs in groups for run in runs]),
         math.nan,
         "; ".join(sorted({cell.differs for cell in cells if cell.differs})),
+        min(cell.evaluations for cell in cells),
         statistics.fmean(cell.paper for cell in cells),
     )
 
@@ -381,7 +412,8 @@ def details(ours: Summary) -> list[str]:
     """The cells under DETAILS."""
     low, high = ours.interval
     interval = "" if math.isnan(low) else f" [{number(low)}, {number(high)}]"
-    cells = [plus_minus(ours.mean, ours.std), number(ours.best), number(ours.iqm) + interval]
+    few = f" (of {ours.evaluations})" if ours.method != "pretrain_dt" and ours.evaluations < LAST else ""
+    cells = [plus_minus(ours.mean, ours.std) + few, number(ours.best), number(ours.iqm) + interval]
     return [*cells, str(ours.seeds), ours.iterations, number(ours.seconds)]
 
 

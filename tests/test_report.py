@@ -229,7 +229,12 @@ def test_settings_are_held_against_the_papers_tables():
     assert differs("grpo_dt", "Walker2d", "medium-replay", epsilon=0.2, kappa_initial=0.04) == "epsilon 0.2 (0.3)"
     assert differs("ppo_dt", "Door", "human", n_trajectories=8, lr_value=2e-4) == "n_trajectories 8 (16)"
     assert differs("pretrain_dt", "AntMaze", "diverse", c_offline=1, c_online=5, lr=1e-4) == ""
-    assert differs("q_guided_grpo_dt", "Ant", "medium-replay", lr=1e-5, kappa_initial=0.01, gamma=0.9) == ""
+    assert differs("q_guided_grpo_dt", "Ant", "medium-replay", lr=1e-5, kappa_initial=0.01, gamma=0.99) == ""
+    assert (
+        differs("q_guided_grpo_dt", "AntMaze", "umaze", gamma=0.99, tau=0.05) == "gamma 0.99 (0.998), tau 0.05 (0.005)"
+    )
+    assert differs("ppo_dt", "Hopper", "random", hindsight=True, token_ratio=False) == "hindsight"
+    assert differs("grpo_dt", "Hopper", "random", group_size=8, buffer_size=64) == "buffer_size 64 (2048)"
     assert differs("q_guided_grpo_dt", "Ant", "medium-replay", lr=5e-5) == "lr 5e-05 (1e-05)"
     assert report.settings_that_differ("grpo_dt", "Hopper", "random", {}) == "unknown"
 
@@ -239,9 +244,29 @@ def test_runs_of_different_settings_are_not_averaged_and_the_papers_stand_in_the
     for seed in (2, 3):
         make_run(tmp_path, f"grpo_dt__Hopper-random__{seed}", [0.0, 90.0], hopper(lr=1e-4))
     page, _ = page_of(tmp_path)
-    assert rows_under(page, "GRPO-DT")[0][2:4] == ["10.00", "10.00"]
+    assert rows_under(page, "GRPO-DT")[0][2:4] == ["10.00 (of 1)", "10.00"]
     (other,) = rows_under(page, "Other runs")
-    assert other[3] == "90.00 ± 0.00" and other[-1] == "lr 0.0001 (5e-05)"
+    assert other[3] == "90.00 ± 0.00 (of 1)" and other[-1] == "lr 0.0001 (5e-05)"
+
+
+def test_ablations_under_the_scripts_own_names_are_no_seeds_of_the_method(tmp_path):
+    for seed, changes in ((1, {}), (2, {"token_ratio": True}), (3, {"hindsight": True, "group_size": 2})):
+        make_run(tmp_path, f"Hopper-v5__grpo_dt_continuous__random__{seed}__17", [0.0, 10.0 * seed], hopper(**changes))
+    page, _ = page_of(tmp_path)
+    assert rows_under(page, "Table 1")[0][-1].startswith("10.00\\*")
+    assert {row[-1] for row in rows_under(page, "Other runs")} == {"token_ratio", "group_size 2 (8), hindsight"}
+
+
+def test_the_pretraining_of_a_run_is_held_against_the_paper(tmp_path):
+    for name, context in (("short", 1), ("long", 20)):
+        make_run(tmp_path, f"pretrain_dt__Hopper-random__{name}__1", [None, 1.0], dict(c_offline=context))
+    starts = ("pretrain_dt__Hopper-random__short__1", "pretrain_dt__Hopper-random__long__1/checkpoint.pt", "gone", None)
+    for seed, start in enumerate(starts):
+        changes = {"pretrained": start and f"runs/{start}"}
+        make_run(tmp_path, f"grpo_dt__Hopper-random__{seed}", [0.0, 1.0], hopper(**changes))
+    runs = {run.seed: run.differs for run in report.read_runs([tmp_path])[0] if run.method == "grpo_dt"}
+    said = ["pretrained at c_offline 1 (20)", "", "pretraining unknown", "pretrained by the script itself"]
+    assert runs == dict(zip("0123", said))
 
 
 def test_a_run_that_is_there_twice_counts_once(tmp_path):
@@ -300,7 +325,7 @@ def test_what_is_missing_is_said(tmp_path):
     assert "- grpo_dt__Hopper-medium__2: no evaluation after an update yet" in missing
     assert "- some-folder: its name does not tell the method" in missing
     (base, hindsight) = rows_under(page, "Fig. 1")
-    assert base[2:4] == ["-", "15.00"] and hindsight[2:4] == ["hindsight", "10.00"]
+    assert base[2:4] == ["-", "15.00 (of 2)"] and hindsight[2:4] == ["hindsight", "10.00 (of 1)"]
     assert "## Fig. 2c" not in page  # only Table 1's curve is there
 
 
@@ -331,7 +356,7 @@ def test_the_command_reports_on_the_committed_results_and_on_nothing(tmp_path):
         scores = [
             float(each["eval/normalized_score"]) for each in csv.DictReader(file) if each["eval/normalized_score"]
         ]
-    assert row[2] == f"{sum(scores[-5:]) / 5:.2f}" and row[-1] == "embed_dim 128 (512)"
+    assert row[2] == f"{sum(scores[-5:]) / 5:.2f}" and row[-1].startswith("embed_dim 128 (512), pretrained by")
     (tmp_path / "empty").mkdir()
     done = command("empty", "--no-curves", "--out", "nothing")
     assert done.returncode == 0 and "no run (17 of 17)" in (tmp_path / "nothing/report.md").read_text()
