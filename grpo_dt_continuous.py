@@ -81,7 +81,7 @@ class Args:
     """iterations, Algorithm 1's T"""
 
     n_trajectories: int | None = None
-    """full trajectories rolled out per iteration, n_sources at least in the first [None: the row]"""
+    """full trajectories rolled out per iteration [None: the row]"""
     replay_size: int = 32
     """full trajectories kept, first in, first out"""
     n_sources: int = 16

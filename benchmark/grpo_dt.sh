@@ -30,6 +30,4 @@ grpo_dt__Hammer-human           python grpo_dt_continuous.py --env-id AdroitHand
 # AntMaze
 grpo_dt__AntMaze-umaze          python grpo_dt_continuous.py --env-id AntMaze_UMaze-v4 --dataset-kind umaze --pretrained runs/pretrain_dt__AntMaze-umaze__{seed} --iterations 500
 grpo_dt__AntMaze-diverse        python grpo_dt_continuous.py --env-id AntMaze_UMaze-v4 --dataset-kind diverse --pretrained runs/pretrain_dt__AntMaze-diverse__{seed} --iterations 500
-# Not in the paper: the rate with which a network of width 128 learns (docs/results.md)
-grpo_dt__Hopper-medium__lr5e-4-buffer512 python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__{seed} --iterations 500 --lr 5e-4 --buffer-size 512
 LINES

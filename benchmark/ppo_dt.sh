@@ -30,6 +30,4 @@ ppo_dt__Hammer-human           python ppo_dt_continuous.py --env-id AdroitHandHa
 # AntMaze
 ppo_dt__AntMaze-umaze          python ppo_dt_continuous.py --env-id AntMaze_UMaze-v4 --dataset-kind umaze --pretrained runs/pretrain_dt__AntMaze-umaze__{seed} --iterations 500
 ppo_dt__AntMaze-diverse        python ppo_dt_continuous.py --env-id AntMaze_UMaze-v4 --dataset-kind diverse --pretrained runs/pretrain_dt__AntMaze-diverse__{seed} --iterations 500
-# Not in the paper: a horizon of 200 steps instead of 100, with which the return does not fall back (docs/results.md)
-ppo_dt__Hopper-medium__gamma0.995 python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__{seed} --iterations 500 --gamma 0.995
 LINES

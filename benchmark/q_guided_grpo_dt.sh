@@ -10,7 +10,4 @@ cd "$(dirname "$0")/.."
 data=${DATASETS:-datasets}  # files that Minari does not have
 exec "${PYTHON:-python}" benchmark/run.py --needs <(bash benchmark/pretrain_dt.sh --list) "$@" <<LINES
 q_guided_grpo_dt__Ant-medium-replay python q_guided_grpo_dt.py --env-id Ant-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Ant-medium-replay__{seed} --dataset $data/Ant-v5-medium-replay.hdf5 --iterations 500
-# Not in the paper: a smaller simulation, and target networks that follow ten times as fast (docs/results.md)
-q_guided_grpo_dt__Hopper-medium-replay python q_guided_grpo_dt.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__{seed} --dataset $data/Hopper-v5-medium-replay.hdf5 --iterations 500
-q_guided_grpo_dt__Hopper-medium-replay__tau0.05 python q_guided_grpo_dt.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__{seed} --dataset $data/Hopper-v5-medium-replay.hdf5 --iterations 500 --tau 0.05
 LINES

@@ -39,10 +39,10 @@ FREE = ("--device", "--track")  # a resumed run may get another one
 QUICK = {
     "pretrain_dt.py": "--dataset random --dataset-steps 1500 --embed-dim 16 --n-layers 2 --n-heads 2 --batch-size 8 "
     "--updates 4 --log-every 2 --eval-episodes 1 --threads 1",
-    "grpo_dt_continuous.py": "--iterations 2 --n-sources 2 --n-points 1 --group-size 4 --delta-r 0 --buffer-size 16 "
-    "--n-batch 4 --n-minibatches 2 --eval-episodes 1 --threads 1",
-    "ppo_dt_continuous.py": "--iterations 2 --n-trajectories 2 --n-batch 8 --n-minibatches 2 --value-dim 16 "
-    "--value-warmup 5 --eval-every 1 --eval-episodes 1 --threads 1",
+    "grpo_dt_continuous.py": "--embed-dim 16 --iterations 2 --n-sources 2 --n-points 1 --group-size 4 --delta-r 0 "
+    "--buffer-size 16 --n-batch 4 --n-minibatches 2 --eval-episodes 1 --threads 1",
+    "ppo_dt_continuous.py": "--embed-dim 16 --iterations 2 --n-trajectories 2 --n-batch 8 --n-minibatches 2 "
+    "--value-dim 16 --value-warmup 5 --eval-every 1 --eval-episodes 1 --threads 1",
     "q_guided_grpo_dt.py": "--dataset random --dataset-steps 1500 --iterations 2 --n-sources 2 --n-points 2 "
     "--group-size 4 --buffer-size 32 --n-batch 8 --n-minibatches 2 --critic-warmup 5 --critic-updates 5 "
     "--critic-batch 8 --critic-dim 16 --eval-every 1 --eval-episodes 1 --threads 1",
@@ -200,12 +200,14 @@ def state(run: Run) -> str:
 
 
 def begun_as(run: Run) -> Run | None:
-    """The command with which the launcher began the checkpoint in its folder: the first line of log.txt."""
+    """The command with which the launcher began the checkpoint in its folder: the first line of log.txt. None if that
+    is not known: the run was begun by hand, or its log is gone."""
     try:
         with open(run.folder / "log.txt") as file:
-            return parse(file.readline().removeprefix("$ "))
+            begun = parse(file.readline().removeprefix("$ "))
     except OSError:
         return None
+    return None if "--resume" in begun.flags else begun
 
 
 def flags_that_differ(run: Run) -> str:
@@ -262,6 +264,10 @@ class Launcher:
             return self.fail(run, f"begun with {differs}: take back the change, or move {run.folder} away")
         if how == "done":
             return self.done.append(run)
+        start = Run(run.program, {"--run-dir": [str(run.needs)]})
+        if how == "new" and run.needs and state(start) == "begun" and target(start):
+            made = f"{iteration_of(run.needs / 'checkpoint.pt'):,} of {target(start):,}"
+            return self.fail(run, f"{run.needs} is not finished ({made}): --resume it first")
         run.folder.mkdir(parents=True, exist_ok=True)
         log = open(run.folder / "log.txt", "a")
         if not self.locked(log):
@@ -381,6 +387,8 @@ def slurm(runs: list[Run], folder: Path, workers: int, submit: bool) -> None:
     Runs that others wait for go into a first array, the others into a second one, which Slurm starts after it.
     """
     runs = [run for run in runs if state(run) != "done"]
+    if not runs:
+        print("nothing to submit: all runs are done")
     needed = {run.needs for run in runs}
     stages = [[run for run in runs if run.folder in needed], [run for run in runs if run.folder not in needed]]
     folder.mkdir(parents=True, exist_ok=True)
@@ -395,7 +403,13 @@ def slurm(runs: list[Run], folder: Path, workers: int, submit: bool) -> None:
         command += ["benchmark/slurm_array.sh", str(path)]
         job = "$first"
         if submit:
-            job = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().split(";")[0]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True)
+            except OSError as error:
+                die(f"cannot run sbatch ({error.strerror}): on a machine without Slurm take --slurm print.")
+            if done.returncode:
+                die(f"sbatch: {' '.join(done.stderr.split())}: see the lines at the top of benchmark/slurm_array.sh.")
+            job = done.stdout.strip().split(";")[0]
             print(f"job {job}: {len(stage)} runs of {path}")
         elif number == 0:
             print(f"first=$({shlex.join(command)})")

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SHELL = ["pretrain_dt", "grpo_dt", "ppo_dt", "q_guided_grpo_dt", "ablations"]
+SHELL = ["pretrain_dt", "grpo_dt", "ppo_dt", "q_guided_grpo_dt", "ablations", "small"]
 
 
 def load(name):
@@ -328,6 +328,27 @@ def test_a_needed_run_that_is_done_is_taken_however_it_was_begun(place):
     assert (code, errors) == (0, "") and starts() == ["a__1", "n__1"]
 
 
+def test_a_run_begun_by_hand_is_resumed_as_often_as_it_takes(place):
+    assert launcher("--only", "a__", EXTRA="--iterations 2")[0] == 0
+    Path("runs/a__1/log.txt").unlink()
+    Path("break").touch()
+    assert launcher("--only", "a__")[0] == 1  # resumed, and broken in the third
+    Path("break").unlink()
+    code, _, errors = launcher("--only", "a__")
+    assert (code, errors) == (0, "") and iterations("a__1") == [1, 2, 3, 4]
+
+
+def test_what_begins_with_an_unfinished_run_is_not_started(place):
+    Path("break").touch()
+    assert launcher("--only", "a__")[0] == 1
+    lines = "n python fake.py --iterations 2 --pretrained runs/a__{seed}\n"
+    code, _, errors = launcher(lines=lines)
+    assert code == 1 and "failed: n__1: runs/a__1 is not finished (2 of 4): --resume it first" in errors
+    assert starts() == ["a__1"]
+    Path("break").unlink()
+    assert launcher("--only", "a__")[0] == launcher(lines=lines)[0] == 0
+
+
 def test_a_wrong_number_of_workers_is_told_in_a_line(place):
     for workers in ("0", "two"):
         assert launcher(WORKERS=workers) == (1, "", f"error: WORKERS is {workers}: give 1 or more.\n")
@@ -385,6 +406,17 @@ def test_slurm_arrays_hold_what_is_not_done_and_a_task_makes_one_run(place):
     assert starts() == ["a__1", "b__1"] and iterations("b__1") == [1, 2, 3, 4, 5]
 
 
+def test_what_slurm_says_is_told_in_a_line(place):
+    code, _, errors = launcher("--slurm", "submit", PATH="/nowhere")
+    assert (code, errors[:24]) == (1, "error: cannot run sbatch") and errors.count("\n") == 1
+    Path("sbatch").write_text("#!/bin/sh\necho 'invalid partition' >&2\nexit 1\n")
+    Path("sbatch").chmod(0o755)
+    code, _, errors = launcher("--slurm", "submit", PATH=f"{place}:{os.environ['PATH']}")
+    assert code == 1 and errors.startswith("error: sbatch: invalid partition") and errors.count("\n") == 1
+    assert launcher()[0] == 0
+    assert launcher("--slurm", "print") == (0, "nothing to submit: all runs are done\n", "")
+
+
 # The shell scripts
 
 
@@ -425,21 +457,23 @@ def test_there_is_a_line_for_every_curve_of_the_figures(all_lines):
         (task, kind, variant) for parts in report.FIGURES.values() for task, kind, names in parts for variant in names
     }
     assert {report.identify(each.name, {})[1:4] for each in all_lines["ablations"]} == wanted
-    guided = [report.identify(each.name, {}) for each in all_lines["q_guided_grpo_dt"]]
-    assert [each[1:4] for each in guided] == [(task, "medium-replay", "") for task in ("Ant", "Hopper")] + [
-        ("Hopper", "medium-replay", "tau0.05")
-    ]
+    (guided,) = (report.identify(each.name, {}) for each in all_lines["q_guided_grpo_dt"])
+    assert guided[1:4] == ("Ant", "medium-replay", "")
 
 
 def test_every_finetuning_line_begins_with_a_line_of_pretraining_of_the_same_environment(all_lines):
-    pretraining = {each.folder: each for each in all_lines["pretrain_dt"]}
+    pretraining = {each.folder: each for name in ("pretrain_dt", "small") for each in all_lines[name]}
     for name in SHELL[1:]:
-        for each in all_lines[name]:
+        for each in (each for each in all_lines[name] if each.needs or name != "small"):
             before = pretraining[each.needs]
             assert [each.flags[flag] for flag in ("--env-id", "--dataset-kind")] == [
                 before.flags[flag] for flag in ("--env-id", "--dataset-kind")
             ], each.name
             assert ("reinformer" in each.name) == ("--model" in before.flags)
+
+
+UNLIKE = dict.fromkeys(report.METHODS, ("--embed-dim", "--lr", "--buffer-size", "--gamma", "--tau"))
+UNLIKE["pretrain_dt"] = ("--embed-dim", "--c-offline")  # its rate is not in the paper's tables
 
 
 @pytest.mark.parametrize("name", SHELL)
@@ -450,16 +484,25 @@ def test_every_line_is_parsed_and_takes_the_papers_row(all_lines, name):
         script.check_args(args)
         if name == "ablations":
             script.check_flags(args)
-        if name == "pretrain_dt":
+        if script.__name__ == "pretrain_dt":
             script.fill_from_row(args)
         else:
-            script.fill_from_table(args, args.dataset_kind, 1.0)
+            script.fill_from_table(args, args.dataset_kind or "random", 1.0)
         method, task, kind, variant, _ = report.identify(each.name, vars(args))
         assert (task, kind) == report.identify(each.name, {})[1:3]
         differs = report.settings_that_differ(method, task, kind, vars(args))
-        swept = {"l-traj-": "l_traj", "l-eval-": "l_eval", "full-trajectories": "n_batch", "lr": "lr", "gamma": "gamma"}
-        expected = next((setting for part, setting in swept.items() if variant.startswith(part)), "")
-        assert differs.split(" ")[0] == expected and "," not in differs, f"{each.name}: {differs}"
+        if name == "small":  # what is unlike the paper's stands on the line
+            named = {part.split(" ")[0] for part in differs.split(", ") if part}
+            assert named == {flag[2:].replace("-", "_") for flag in each.flags if flag in UNLIKE[method]}, differs
+            continue
+        swept = {
+            "l-traj-": "l_traj",
+            "l-eval-": "l_eval",
+        }
+        ablation = variant.replace("-", "_") if variant.replace("-", "_") in report.ABLATIONS else ""
+        expected = [next((setting for part, setting in swept.items() if variant.startswith(part)), ""), ablation]
+        expected += ["n_batch", "l_traj", "l_eval"] if ablation == "full_trajectories" else []
+        assert {part.split(" ")[0] for part in differs.split(", ") if part} == {*filter(None, expected)}, each.name
 
 
 def covering_lines():
@@ -490,8 +533,9 @@ def test_a_line_of_each_shell_script_and_each_flag_at_toy_size(each, toys, monke
     """In this process, and in Hopper, where episodes are short: every line as it is runs in the test below."""
     script = script_of(each)
     monkeypatch.chdir(tmp_path)
-    each.flags |= {"--env-id": ["Hopper-v5"]} | ({"--iterations": ["1"]} if each.needs else {})
-    if each.needs:
+    finetunes = each.program[1] != "pretrain_dt.py"
+    each.flags |= {"--env-id": ["Hopper-v5"]} | ({"--iterations": ["1"]} if finetunes else {})
+    if finetunes:
         each.flags["--pretrained"] = [str(toys / ("reinformer" if "reinformer" in each.name else "dt"))]
     folder = script.main(script.parse_args(run.words_of(each.flags)))
     assert folder == each.folder and run.state(each) == "done"
@@ -500,7 +544,7 @@ def test_a_line_of_each_shell_script_and_each_flag_at_toy_size(each, toys, monke
         saved = args[flag[2:].replace("-", "_")]
         assert saved is True if not values else str(saved) == values[0] or float(saved) == float(values[0]), flag
     rows = report.read_csv(folder / "metrics.csv")
-    assert rows[-1]["iteration"] == ("1" if each.needs else "4")
+    assert rows[-1]["iteration"] == ("1" if finetunes else "4")
     assert float(rows[-1]["eval/normalized_score"]) < 50
     assert any(row.get("losses/loss") or row.get("losses/nll") for row in rows)
 

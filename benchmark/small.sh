@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# What docs/results.md shows: width 128 on processor cores, minutes to an hour a run. Not the paper's settings: networks
+# of a quarter of its width, pretrained on single steps, and what such networks learn with (the rate, the buffer, tau).
+#
+#   bash benchmark/small.sh --quick                            toy sizes, random data: does all of it run?
+#   bash benchmark/small.sh --only ppo_dt__Hopper-medium       some lines; --dry-run shows what would be done
+#   SEEDS="1 2" WORKERS=2 bash benchmark/small.sh              one run per core
+set -euo pipefail
+cd "$(dirname "$0")/.."
+data=${DATASETS:-datasets}  # Hopper-v5-medium.hdf5 and so on, as benchmark/collect_dataset.py writes them
+pretraining=$(cat <<LINES
+pretrain_dt__Hopper-medium__small        python pretrain_dt.py --env-id Hopper-v5 --dataset-kind medium --dataset $data/Hopper-v5-medium.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20
+pretrain_dt__Hopper-medium-replay__small python pretrain_dt.py --env-id Hopper-v5 --dataset-kind medium-replay --dataset $data/Hopper-v5-medium-replay.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20
+pretrain_dt__Ant-medium-replay__small    python pretrain_dt.py --env-id Ant-v5 --dataset-kind medium-replay --dataset $data/Ant-v5-medium-replay.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20
+LINES
+)
+exec "${PYTHON:-python}" benchmark/run.py --needs <(echo "$pretraining") "$@" <<LINES
+$pretraining
+# From random data, pretrained by the scripts themselves
+grpo_dt__Hopper-random__small python grpo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 30
+ppo_dt__Hopper-random__small  python ppo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 140
+# From medium data
+grpo_dt__Hopper-medium__small            python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 48 --lr 5e-4 --buffer-size 512 --eval-every 3
+ppo_dt__Hopper-medium__small             python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 84
+ppo_dt__Hopper-medium__small-gamma0.995  python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 84 --gamma 0.995
+# From medium-replay data
+grpo_dt__Hopper-medium-replay__small     python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --iterations 100 --lr 5e-4 --buffer-size 512 --eval-every 3
+grpo_dt__Ant-medium-replay__small        python grpo_dt_continuous.py --env-id Ant-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Ant-medium-replay__small__{seed} --iterations 50 --lr 2e-4 --buffer-size 512 --eval-every 3
+q_guided_grpo_dt__Hopper-medium-replay__small            python q_guided_grpo_dt.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --dataset $data/Hopper-v5-medium-replay.hdf5 --iterations 250 --lr 5e-5 --tau 0.05
+q_guided_grpo_dt__Hopper-medium-replay__small-gamma0.995 python q_guided_grpo_dt.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --dataset $data/Hopper-v5-medium-replay.hdf5 --iterations 250 --lr 5e-5 --tau 0.05 --gamma 0.995
+q_guided_grpo_dt__Ant-medium-replay__small               python q_guided_grpo_dt.py --env-id Ant-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Ant-medium-replay__small__{seed} --dataset $data/Ant-v5-medium-replay.hdf5 --iterations 170 --lr 5e-5 --tau 0.05
+LINES
