@@ -14,7 +14,8 @@ Part "iteration": seconds of one iteration with the settings of the task's row, 
 sub-trajectories that all live through L_traj + L_eval steps (falls are switched off):
   ours   the script's own functions
   plain  the same iteration as one would first write it: a loop over env.step, fp32, all three tokens of a step through
-         the whole network; --plain-steps of its L_eval steps are run, and their time is scaled to all
+         the whole network; --plain-steps of its L_eval steps are run, and their time is scaled to all; not where the
+         row has a context above 1
   floor  the same environment steps by raw mj_step and the floating-point operations of ours at the speed of a large
          matrix product, nothing else
 
@@ -200,16 +201,31 @@ def peak_flops(dtype: torch.dtype, device: str) -> float:
 
 def flops_of(model, args) -> float:
     """Floating-point operations of the network's matrix products for one window."""
-    batch, device = 64, args.device
+    shapes = ((args.c_online, len(model.obs_mean)), (args.c_online,), (args.c_online - 1, model.act_dim))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(batch, 1, len(model.obs_mean), device=device), torch.zeros(batch, 1, device=device), None)
-    return counter.get_total_flops() / batch
+        model(*(torch.zeros(64, *shape, device=args.device) for shape in shapes))
+    return counter.get_total_flops() / 64
+
+
+def measure_plain(env, kwargs: dict, learner, points: list, args, plain_steps: int) -> list[float]:
+    """Seconds of simulation, network and update of the plain iteration, from the points and with the buffer of ours."""
+    plain = new_learner(PlainTransformer, env, args, torch.float32)
+    members = [point for point in points for _ in range(args.group_size)]
+    envs = [grpo.make_env(args.env_id, kwargs) for _ in members]
+    for each in envs:
+        each.reset(seed=0)
+    some = min(plain_steps, args.l_eval)
+    plain_rollout(plain.model, envs, members, args, 0)
+    scale = (args.l_traj + args.l_eval) / (args.l_traj + some)
+    parts = [scale * part for part in plain_rollout(plain.model, envs, members, args, some)]
+    plain.buffer = learner.buffer
+    return [*parts, timed(plain.update, 1)[0]]
 
 
 def measure_iteration(task: str, options) -> tuple[str, str]:
     """Rows of the second table. The first iteration warms up where there is time for two."""
     kwargs = {"terminate_when_unhealthy": False} if task.startswith(("Hopper", "Walker2d", "Ant-")) else {}
-    args = grpo.Args(env_id=task, embed_dim=options.embed_dim, threads=options.threads, c_online=1, delta_r=0.0)
+    args = grpo.Args(env_id=task, embed_dim=options.embed_dim, threads=options.threads, delta_r=0.0)
     (device, dtype), args.g_eval = grpo.set_up_torch(args), None
     args.device = device.type
     grpo.fill_from_table(args, "medium", 0.0)
@@ -230,7 +246,7 @@ def measure_iteration(task: str, options) -> tuple[str, str]:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     ours = (groups.seconds, chosen + rolled - groups.seconds, remembered + updated)
     seeds, ten = list(range(10)), envs[:10]
-    evaluated, _ = timed(grpo.evaluate, learner.model, ten, args.g_eval, 1, seeds)
+    evaluated, _ = timed(grpo.evaluate, learner.model, ten, args.g_eval, args.c_online, seeds)
 
     steps, flops = groups.env_steps, flops_of(learner.model, args)
     actions = np.zeros((options.steps, pool.size, *envs[0].action_space.shape))
@@ -243,19 +259,11 @@ def measure_iteration(task: str, options) -> tuple[str, str]:
     # an update goes forward, backward (twice the work) and forward through the reference
     floor = (steps / raw, steps * flops / peak, (4 * trained + pool.size * args.l_traj) * flops / peak)
 
-    plain_learner = new_learner(PlainTransformer, envs[0], args, torch.float32)
-    members = [point for point in points for _ in range(args.group_size)]
-    plain_envs = [grpo.make_env(task, kwargs) for _ in members]
-    for env in plain_envs:
-        env.reset(seed=0)
-    some = min(options.plain_steps, args.l_eval)
-    plain_rollout(plain_learner.model, plain_envs, members, args, 0)
-    scale = (args.l_traj + args.l_eval) / (args.l_traj + some)
-    plain = [scale * part for part in plain_rollout(plain_learner.model, plain_envs, members, args, some)]
-    plain_learner.buffer = learner.buffer
-    plain += [timed(plain_learner.update, 1)[0]]
+    tables = [("ours", ours), ("floor", floor)]
+    if options.plain_steps and args.c_online == 1:  # the plain network has no context
+        tables.insert(1, ("plain", measure_plain(envs[0], kwargs, learner, points, args, options.plain_steps)))
     rows = []
-    for name, parts in (("ours", ours), ("plain", plain), ("floor", floor)):
+    for name, parts in tables:
         columns = " | ".join(f"{part:.1f}" for part in (sum(parts), *parts))
         rows += [f"| {task} | {name} | {columns} | {sum(parts) / sum(ours):.2f} |"]
     note = f"{task}: {steps:,} environment steps, {dtype}, {peak / 1e9:,.0f} GFLOP/s at the peak, "
@@ -316,7 +324,9 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=20, help="pool: environment steps of each simulation in a round")
     parser.add_argument("--simulations", type=int, default=256, help="pool: simulations side by side")
     parser.add_argument("--embed-dim", type=int, default=512, help="width of the network")
-    parser.add_argument("--plain-steps", type=int, default=15, help="iteration: L_eval steps run by the plain one")
+    parser.add_argument(
+        "--plain-steps", type=int, default=15, help="iteration: L_eval steps run by the plain one [0: leave it out]"
+    )
     arguments = parser.parse_args()
     if "pool" in arguments.parts:
         print(f"{arguments.simulations} simulations, {arguments.threads} threads, environment steps per second:\n")

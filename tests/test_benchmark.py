@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import grpo_dt_continuous as grpo
@@ -56,7 +57,7 @@ def test_what_it_takes_from_the_script_is_there():
 
 def test_operations_are_those_of_the_matrix_products_counted_by_hand():
     ours, plain = pair()
-    width, args = 32, types.SimpleNamespace(device="cpu")
+    width, args = 32, types.SimpleNamespace(device="cpu", c_online=1)
     per_token = 12 * width * width  # query, key, value, projection: 4; up and down: 8
     heads = width + 11 * width + 2 * width * 3  # return and observation in, mean and log std out
     last = per_token + 2 * width * width  # all for the state token, keys and values for the other
@@ -77,3 +78,15 @@ def test_the_plain_rollout_steps_every_environment_as_often_as_it_says():
     passed = [env.unwrapped.data.time - time for env, time in zip(envs, start)]
     np.testing.assert_allclose(passed, 7 * envs[0].unwrapped.dt, rtol=1e-9)
     assert simulated > 0 and inferred > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plain_steps, names", [(0, ["ours", "floor"]), (1, ["ours", "plain", "floor"])])
+def test_an_iteration_is_timed_beside_its_yardsticks(plain_steps, names):
+    options = types.SimpleNamespace(embed_dim=32, threads=1, steps=2, plain_steps=plain_steps)
+    rows, note = speed.measure_iteration("AdroitHandPen-v1", options)
+    cells = [[cell.strip() for cell in row[1:-1].split("|")] for row in rows.splitlines()]
+    assert [row[:2] for row in cells] == [["AdroitHandPen-v1", name] for name in names]
+    for _, _, total, *parts, _ in cells:
+        assert float(total) == pytest.approx(sum(map(float, parts)), abs=0.16)
+    assert float(cells[-1][-1]) < 1.0 == float(cells[0][-1]) and "environment steps" in note
