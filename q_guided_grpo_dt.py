@@ -1413,16 +1413,17 @@ def pretrained_on_random(args: Args) -> Path:
     environment for this width, kept under runs/pretrained: minutes on two cores at any width."""
     key = row_of(args.env_id, args.dataset_kind or "random")
     context = args.c_online or (ROWS[key][COLUMNS.index("c_online")] if key else 1)
-    sizes = f"{args.embed_dim}__c{context}__u900"  # of the network and of the recipe [17]
-    target = Path(f"runs/pretrained/{args.env_id.replace('/', '_')}__{sizes}__{args.seed}")
+    updates = 900  # [17]
+    name = f"{args.env_id.replace('/', '_')}__{args.embed_dim}__c{context}__u{updates}__{args.seed}"
+    target = Path(f"runs/pretrained/{name}")
     print(f"no --pretrained given: taking {target}, pretrained on random data", flush=True)
     if (target / "checkpoint.pt").exists():
         return target
     own = target.with_name(f"{target.name}.{os.getpid()}")  # parallel runs make their own, the first one stays
     flags = dict(env_id=args.env_id, embed_dim=args.embed_dim, seed=args.seed, device=args.device, run_dir=own)
-    # [17] a context of c_online and small minibatches at a large rate: quick, and groups whose members differ
+    # a context of c_online and small minibatches at a large rate: quick, and groups whose members differ
     flags |= dict(c_offline=context, c_online=context, batch_size=max(1, 128 // (3 * context - 1)))
-    flags |= dict(updates=900, lr=1e-3, dataset_steps=30_000)
+    flags |= dict(updates=updates, lr=1e-3, dataset_steps=30_000)
     flags |= {"threads": args.threads} if args.threads else {}
     command = [sys.executable, str(Path(__file__).with_name("pretrain_dt.py")), "--bf16" if args.bf16 else "--no-bf16"]
     command += [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
