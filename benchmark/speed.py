@@ -336,8 +336,12 @@ if __name__ == "__main__":
     if "iteration" in arguments.parts:
         print(f"\nwidth {arguments.embed_dim}, {arguments.threads} threads, seconds of an iteration:\n")
         print("| environment | | total | simulate | infer | update | total / ours |\n" + "|---" * 7 + "|")
-        measured = [measure_iteration(task, arguments) for task in arguments.tasks or ["Hopper-v5"]]
-        print("\n".join(row for row, _ in measured) + "\n\n" + "\n".join(note for _, note in measured))
+        notes = []
+        for task in arguments.tasks or ["Hopper-v5"]:  # a row as soon as it is there: they take minutes
+            row, note = measure_iteration(task, arguments)
+            print(row, flush=True)
+            notes.append(note)
+        print("\n" + "\n".join(notes))
     if "changes" in arguments.parts:
         print(f"\nwidth {arguments.embed_dim}, {arguments.threads} threads, milliseconds:\n")
         print("| environment | | policy call | ratio | forward, backward | ratio |\n" + "|---" * 6 + "|")
