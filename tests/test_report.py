@@ -352,11 +352,12 @@ def test_the_command_reports_on_the_committed_results_and_on_nothing(tmp_path):
     (row,) = (
         row for row in rows_under((tmp_path / "runs/report/report.md").read_text(), "GRPO-DT") if "Ho-R" in row[1]
     )
-    with open(ROOT / "benchmark/results/grpo_dt__hopper-random__1/metrics.csv", newline="") as file:
-        scores = [
-            float(each["eval/normalized_score"]) for each in csv.DictReader(file) if each["eval/normalized_score"]
-        ]
-    assert row[2] == f"{sum(scores[-5:]) / 5:.2f}" and row[-1].startswith("embed_dim 128 (512), pretrained by")
+    scores = []
+    for path in (ROOT / "benchmark/results").glob("grpo_dt__hopper-random__[0-9]/metrics.csv"):
+        every = [float(each["eval/normalized_score"] or "nan") for each in report.read_csv(path)]
+        scores.append(statistics.fmean([score for score in every if not math.isnan(score)][-5:]))
+    assert row[2] == f"{statistics.fmean(scores):.2f} ± {statistics.stdev(scores):.2f}"
+    assert row[-1].startswith("embed_dim 128 (512), pretrained by")
     (tmp_path / "empty").mkdir()
     done = command("empty", "--no-curves", "--out", "nothing")
     assert done.returncode == 0 and "no run (17 of 17)" in (tmp_path / "nothing/report.md").read_text()
