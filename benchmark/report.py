@@ -207,13 +207,13 @@ def pretraining_that_differs(folder: Path, method: str, task: str, kind: str, ar
         return "pretrained by the script itself"
     start = Path(args["pretrained"])
     start = start.parent if start.suffix == ".pt" else start
+    paper = (paper_settings(method, task, kind) | paper_settings("pretrain_dt", task, kind)).get("c_offline")
     for place in (start, folder.parent / start.name):
-        if (place / "args.json").exists():
-            theirs = json.loads((place / "args.json").read_text())["args"]
-            paper = paper_settings(method, task, kind) | paper_settings("pretrain_dt", task, kind)
-            if theirs.get("c_offline") in (None, paper.get("c_offline")):
-                return ""
-            return f"pretrained at c_offline {theirs['c_offline']} ({paper['c_offline']:g})"
+        try:
+            ours = json.loads((place / "args.json").read_text())["args"].get("c_offline")
+        except (OSError, ValueError, KeyError):
+            continue
+        return "" if ours is None or paper in (None, ours) else f"pretrained at c_offline {ours} ({paper:g})"
     return "pretraining unknown"
 
 

@@ -267,6 +267,12 @@ def test_the_pretraining_of_a_run_is_held_against_the_paper(tmp_path):
     runs = {run.seed: run.differs for run in report.read_runs([tmp_path])[0] if run.method == "grpo_dt"}
     said = ["pretrained at c_offline 1 (20)", "", "pretraining unknown", "pretrained by the script itself"]
     assert runs == dict(zip("0123", said))
+    outside = report.pretraining_that_differs(tmp_path, "grpo_dt", "HalfCheetah", "medium", dict(pretrained=starts[0]))
+    assert outside == "pretraining unknown"
+    outside = dict(pretrained=starts[0])  # a task that is not in the paper's tables has nothing to differ from
+    assert report.pretraining_that_differs(tmp_path / "run", "grpo_dt", "HalfCheetah", "medium", outside) == ""
+    (tmp_path / starts[0] / "args.json").write_text("{")
+    assert report.pretraining_that_differs(tmp_path / "run", "grpo_dt", "Hopper", "random", outside).endswith("unknown")
 
 
 def test_a_run_that_is_there_twice_counts_once(tmp_path):
