@@ -18,6 +18,8 @@ exec "${PYTHON:-python}" benchmark/run.py --needs <(echo "$pretraining") "$@" <<
 $pretraining
 # From random data, pretrained by the scripts themselves
 grpo_dt__Hopper-random__small python grpo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 30
+grpo_dt__Hopper-random__small-token-ratio   python grpo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 30 --token-ratio
+grpo_dt__Hopper-random__small-random-points python grpo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 30 --random-points
 ppo_dt__Hopper-random__small  python ppo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 140
 # From medium data
 grpo_dt__Hopper-medium__small            python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 48 --lr 5e-4 --buffer-size 512 --eval-every 3
