@@ -73,8 +73,8 @@ Normalised scores: 0 = random, 100 = expert.
 - **s / iteration**: wall time of an iteration, with its evaluation where it has one, of DT of an update, on whatever
   machine the run had: the median over iterations and seeds.
 - **differs in**: settings of a run that are not those of the paper's Tables 5 to 7 and Appendix B.1, ours (paper's),
-  and the context of its pretraining; unknown: the run folder has no args.json. The number of iterations is not in the
-  paper.
+  ODT's rate of the entropy dual, and the context of its pretraining; unknown: the run folder has no args.json. The
+  number of iterations is not in the paper.
 """
 TABLE_1 = f"""Ours / the paper's; IQL, ODT and ODT+TD3: the paper's.
 \\*: fewer than {SEEDS} seeds, not finished, or settings that differ from the paper's or are unknown."""

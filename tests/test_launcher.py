@@ -472,8 +472,8 @@ def test_every_finetuning_line_begins_with_a_line_of_pretraining_of_the_same_env
             assert ("reinformer" in each.name) == ("--model" in before.flags)
 
 
-UNLIKE = ("--embed-dim", "--lr", "--buffer-size", "--gamma", "--tau", "--kappa-initial", "--kappa-lr")
-UNLIKE = dict.fromkeys(report.METHODS, (*UNLIKE, "--token-ratio", "--random-points"))
+SMALL = ("--embed-dim", "--lr", "--buffer-size", "--gamma", "--tau", "--kappa-initial", "--kappa-lr")
+UNLIKE = dict.fromkeys(report.METHODS, (*SMALL, "--token-ratio", "--random-points"))
 UNLIKE["pretrain_dt"] = ("--embed-dim", "--c-offline")  # its rate is not in the paper's tables
 
 
