@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What docs/results.md shows: width 128 on processor cores, minutes to an hour a run. Not the paper's settings: networks
-# of a quarter of its width, pretrained on single steps, and what such networks learn with (the rate, the buffer, tau).
+# What docs/results.md shows: width 128 on processor cores, minutes to two hours a run. Not the paper's settings: networks
+# of a quarter of its width, pretrained on single steps, and what such networks learn with (rate, buffer, kappa, Delta_r, tau).
 #
 #   bash benchmark/small.sh --quick                            toy sizes, random data: does all of it run?
 #   bash benchmark/small.sh --only ppo_dt__Hopper-medium       some lines; --dry-run shows what would be done
@@ -21,7 +21,7 @@ $pretraining
 grpo_dt__Hopper-random__small python grpo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 30
 grpo_dt__Hopper-random__small-token-ratio   python grpo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 30 --token-ratio
 grpo_dt__Hopper-random__small-random-points python grpo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 30 --random-points
-grpo_dt__Hopper-random__small-lr2e-4-kappa0.01 python grpo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 160 --lr 2e-4 --buffer-size 512 --kappa-initial 0.01 --eval-every 3
+grpo_dt__Hopper-random__small-lr2e-4-kappa0.01 python grpo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 250 --lr 2e-4 --buffer-size 512 --kappa-initial 0.01 --eval-every 3
 grpo_dt__Ant-random__small    python grpo_dt_continuous.py --env-id Ant-v4 --embed-dim 128 --iterations 50 --eval-every 3
 ppo_dt__Hopper-random__small  python ppo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 140
 # From medium data
@@ -40,5 +40,5 @@ q_guided_grpo_dt__Hopper-medium-replay__small            python q_guided_grpo_dt
 q_guided_grpo_dt__Hopper-medium-replay__small-gamma0.995 python q_guided_grpo_dt.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --dataset $data/Hopper-v5-medium-replay.hdf5 --iterations 250 --lr 5e-5 --tau 0.05 --gamma 0.995
 q_guided_grpo_dt__Ant-medium-replay__small               python q_guided_grpo_dt.py --env-id Ant-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Ant-medium-replay__small__{seed} --dataset $data/Ant-v5-medium-replay.hdf5 --iterations 170 --lr 5e-5 --tau 0.05
 # From human demonstrations
-grpo_dt__Door-human__small               python grpo_dt_continuous.py --env-id AdroitHandDoor-v1 --dataset-kind human --pretrained runs/pretrain_dt__Door-human__small__{seed} --iterations 100 --lr 1e-4 --buffer-size 512 --delta-r 0 --kappa-initial 1e-3 --eval-every 5
+grpo_dt__Door-human__small               python grpo_dt_continuous.py --env-id AdroitHandDoor-v1 --dataset-kind human --pretrained runs/pretrain_dt__Door-human__small__{seed} --iterations 90 --lr 1e-4 --buffer-size 512 --delta-r 0 --kappa-initial 1e-3 --eval-every 5
 LINES
