@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What docs/results.md shows: width 128 on processor cores, minutes to two hours a run. Not the paper's settings: networks
-# of a quarter of its width, pretrained on single steps, and what such networks learn with (rate, buffer, kappa, Delta_r, tau).
+# of a quarter of its width, pretrained on single steps, and what such networks learn with (rate, buffer, kappa and so on).
 #
 #   bash benchmark/small.sh --quick                            toy sizes, random data: does all of it run?
 #   bash benchmark/small.sh --only ppo_dt__Hopper-medium       some lines; --dry-run shows what would be done
