@@ -19,8 +19,10 @@ Departures from the paper (docs/grpo_dt.md explains each under the same number):
   (8) the first iteration rolls out as many full trajectories as it draws, not one, so that the replay is not one fall
 
 On a laptop: python grpo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 30
-In full:     python grpo_dt_continuous.py --env-id Hopper-v5 --pretrained runs/NAME/checkpoint.pt
+In full:     python grpo_dt_continuous.py --env-id Hopper-v5 --pretrained runs/NAME
 """
+
+from __future__ import annotations
 
 import contextlib
 import copy
@@ -31,20 +33,27 @@ import importlib.util
 import io
 import json
 import math
+import multiprocessing
 import os
+import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-import zlib
-from concurrent.futures import ThreadPoolExecutor
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads must not spin while the simulators work
+if "torch" in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    print(
+        "torch was imported first, so its threads may slow the simulators: set OMP_WAIT_POLICY=PASSIVE", file=sys.stderr
+    )
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads must not spin while the simulators work,
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # only for the microseconds between two operations
 
 import gymnasium as gym
 import mujoco
@@ -53,117 +62,72 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch.distributions import Normal, kl_divergence
 
-# Shapes: P reset points, G group size, N = P G sub-trajectories side by side, L = L_traj steps, B minibatch,
-#         K context, S and A dimensions of observation and action, E embedding width, T steps of a full trajectory;
-#         in section 4 L is the number of tokens.
+# Shapes: N = P G sub-trajectories side by side (P reset points, groups of G), T or L steps, B minibatch, K context,
+#         S and A dimensions of observation and action, E embedding width, D length of a simulator's state.
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 2. Arguments and the paper's settings --------------------------------------------------------------------------
 
 DatasetKind = Literal["random", "medium", "medium-replay", "expert", "human", "cloned", "umaze", "diverse"]
 
 
 @dataclass
 class Args:
-    """Finetune a pretrained Decision Transformer online by GRPO-DT. Fields left at None take the paper's row."""
+    """Finetune a pretrained Decision Transformer by GRPO-DT. Fields left at None take the paper's row (ROWS)."""
 
-    env_id: str = "Hopper-v5"
-    """gymnasium or gymnasium-robotics id of the environment"""
-    pretrained: str | None = None
-    """checkpoint of pretrain_dt.py to start from [None: one is made from random data, in minutes, and kept]"""
-    dataset_kind: DatasetKind | None = None
-    """kind of data, picks the paper's row [None: that of the checkpoint]"""
-    embed_dim: int = 512
-    """E, width of the transformer"""
-    iterations: int = 500
-    """iterations, Algorithm 1's T"""
+    env_id: str = "Hopper-v5"  # a MuJoCo environment of gymnasium, gymnasium-robotics, or MODULE:ID of your own
+    pretrained: str | None = None  # run folder of pretrain_dt.py [None: made from random data, in minutes]
+    dataset_kind: DatasetKind | None = None  # kind of data, picks the paper's row [None: the checkpoint's]
+    embed_dim: int = 512  # E, width of the transformer that is made where --pretrained is left out
+    iterations: int = 500  # T of Algorithm 1
+    seed: int = 1  # seed of every random stream
 
-    n_trajectories: int | None = None
-    """full trajectories rolled out per iteration [None: the row]"""
-    replay_size: int = 32
-    """full trajectories kept, first in, first out"""
-    n_sources: int = 16
-    """full trajectories drawn per iteration"""
-    n_points: int = 4
-    """points per drawn trajectory, Algorithm 1's K"""
-    group_size: int = 8
-    """G: members of a group, all from the same point"""
-    buffer_size: int = 2048
-    """sub-trajectories kept, first in, first out"""
-    l_traj: int | None = None
-    """L_traj: sampled steps per sub-trajectory, the unit of credit assignment [steps; None: the row]"""
-    l_eval: int | None = None
-    """L_eval: steps with the mean action after them, for the score only [steps; None: the row]"""
-    gamma: float | None = None
-    """gamma: discount per step [None: the row]"""
-    delta_r: float | None = None
-    """Delta_r: members whose score is this close to the group's mean leave [raw discounted reward; None: the row]"""
-    g_online: float | None = None
-    """g_online: initial return-to-go of rollouts and evaluations [raw reward units; None: the row]"""
-    c_online: int | None = None
-    """c_online: context length in evaluation and finetuning [steps; None: the row]"""
+    # Rollouts
+    n_trajectories: int | None = None  # full trajectories rolled out per iteration
+    replay_size: int = 32  # full trajectories kept, first in, first out
+    n_sources: int = 16  # full trajectories drawn per iteration
+    n_points: int = 4  # K of Algorithm 1: reset points per drawn trajectory
+    group_size: int = 8  # G: sub-trajectories from the same point
+    l_traj: int | None = None  # L_traj: sampled steps per sub-trajectory, the unit of credit assignment
+    l_eval: int | None = None  # L_eval: steps with the mean action after them, for the score only
+    gamma: float | None = None  # discount per step
+    g_online: float | None = None  # initial return-to-go of rollouts and evaluations [raw reward units]
+    c_online: int | None = None  # context length [steps]
 
-    n_batch: int | None = None
-    """n_batch: sub-trajectories per minibatch [None: the row]"""
-    n_minibatches: int = 8
-    """gradient updates per iteration"""
-    epsilon: float | None = None
-    """epsilon: clipping range of the importance ratio [None: the row]"""
-    beta: float = 1e-3
-    """beta: weight of the KL divergence to the reference policy"""
-    reference_every: int = 4
-    """the reference policy becomes the current one every so many updates"""
-    lr: float | None = None
-    """lr_policy, of LAMB: relative movement of a tensor per update [None: the row]"""
-    weight_decay: float = 1e-4
-    """weight decay, on every tensor as in ODT"""
-    max_grad_norm: float = 0.5
-    """bound of the global gradient norm"""
-    kappa_initial: float | None = None
-    """initial value of the entropy dual variable kappa [None: the row]"""
-    kappa_lr: float = 1e-4
-    """Adam's learning rate on log kappa"""
+    # Advantage and update
+    delta_r: float | None = None  # Delta_r: members this close to the group's mean leave [discounted reward]
+    buffer_size: int = 2048  # sub-trajectories kept, first in, first out
+    n_batch: int | None = None  # sub-trajectories per minibatch
+    n_minibatches: int = 8  # gradient updates per iteration
+    epsilon: float | None = None  # clipping range of the importance ratio
+    beta: float = 1e-3  # weight of the KL divergence to the reference policy
+    reference_every: int = 4  # the reference policy becomes the current one every so many updates
+    lr: float | None = None  # lr_policy, of LAMB: relative movement of a tensor per update
+    weight_decay: float = 1e-4  # weight decay, on every tensor as in ODT
+    max_grad_norm: float = 0.5  # bound of the global gradient norm
+    kappa_initial: float | None = None  # initial value of the entropy dual variable kappa
+    kappa_lr: float = 1e-4  # Adam's learning rate on log kappa
 
-    hindsight: bool = False
-    """ablation, Fig. 1: the new log-probability sees the returns that were reached, the old one those asked for"""
-    full_trajectories: bool = False
-    """ablation, Fig. 2a: groups of whole episodes from their first state (L_traj: the time limit, L_eval: 0)"""
-    mixed_groups: bool = False
-    """ablation, Fig. 2b: the members of a group start from different reset points"""
-    token_ratio: bool = False
-    """ablation, Fig. 2c: one clipped ratio per step instead of one per sub-trajectory"""
-    random_points: bool = False
-    """ablation, Fig. 2d: reset points drawn uniformly"""
-    geometric_mean: bool = False
-    """ablation, Fig. 2e: the geometric mean of the steps' ratios instead of their product (GSPO)"""
+    # Ablations
+    hindsight: bool = False  # Fig. 1: new log-probabilities see the returns that were reached
+    full_trajectories: bool = False  # Fig. 2a: groups of whole episodes from their first state
+    mixed_groups: bool = False  # Fig. 2b: the members of a group start from different reset points
+    ratio: Literal["sequence", "token", "geometric"] = "sequence"  # Fig. 2c: one per step; Fig. 2e: their mean
+    random_points: bool = False  # Fig. 2d: reset points drawn uniformly
 
-    eval_every: int = 1
-    """iterations between evaluations"""
-    eval_episodes: int = 10
-    """episodes of an evaluation"""
-
-    seed: int = 1
-    """seed of every random stream"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the network runs [auto: cuda if there is one]"""
-    bf16: bool = True
-    """bf16 matrix products where the hardware has units for it (AVX512-BF16, AMX, GPUs since Ampere)"""
-    threads: int | None = None
-    """CPU threads of torch [None: torch's choice, the number of cores]"""
-    run_dir: str | None = None
-    """folder of the run [None: runs/ENV__SCRIPT__KIND__SEED__TIME]"""
-    resume: str | None = None
-    """folder of a run to go on with; only its length, --device and --track may change"""
-    eval_only: str | None = None
-    """evaluate this checkpoint, or that in this folder, of any script here, and stop"""
-    capture_video: bool = False
-    """film the first evaluation episode into RUN_DIR/videos (needs moviepy and a GL library)"""
-    track: bool = False
-    """also log to Weights & Biases (needs wandb)"""
-    g_eval: float | None = None
-    """initial return-to-go of evaluations [raw; None: g_online, in pretraining the row's; reinformer has none]"""
+    # The run
+    eval_every: int = 1  # iterations between evaluations
+    eval_episodes: int = 10  # episodes of an evaluation
+    threads: int | None = None  # CPU threads of torch [None: torch's choice, or OMP_NUM_THREADS]
+    workers: int | None = None  # processes that step the simulators [None: one a thread; 0: none but this one]
+    cuda: bool = True  # run the network on a GPU if there is one
+    bf16: bool = True  # bf16 matrix products where the hardware has units for it
+    run_dir: str | None = None  # folder of the run [None: runs/ENV__SCRIPT__KIND__SEED__TIME]
+    resume: str | None = None  # folder of a run to go on with; flags given with it hold from there on
+    eval_only: str | None = None  # evaluate the checkpoint in this folder, of any script here, and stop
+    capture_video: bool = False  # film the first evaluation episode into RUN_DIR/videos (needs moviepy)
+    track: bool = False  # also log to Weights & Biases (needs wandb)
 
 
 # Table 6, and n_trajectories of Appendix B.1. Keys: environment id up to the version, kind of data.
@@ -187,32 +151,584 @@ ROWS = {
 }
 
 
-def row_of(env_id: str, kind: str) -> tuple[str, str] | None:
-    """The key of the task's row: that of the kind of data, else of medium, cloned or umaze; None outside the table."""
+def paper_row(env_id: str, kind: str) -> tuple[str, dict]:
+    """What the row is, and its values: that of the task and the kind of data, else of medium, cloned or umaze; outside
+    the table that of Hopper, whose g_online means nothing there."""
     keys = [(task_of(env_id), each) for each in (kind, "medium", "cloned", "umaze")]
-    return next((key for key in keys if key in ROWS), None)
-
-
-def fill_from_table(args: Args, kind: str, best_return: float) -> str:
-    """Fill the fields of `args` that are None from the row of the task and the kind of data; returns a line about it.
-
-    A task outside the table gets Hopper's row and g_online = best + |best| of the dataset's returns.
-    """
-    args.dataset_kind = args.dataset_kind or kind
-    key = row_of(args.env_id, args.dataset_kind)
+    key = next((key for key in keys if key in ROWS), None)
     row = dict(zip(COLUMNS, ROWS[key or ("Hopper", "medium")]))
-    if key is None:
-        row["g_online"] = best_return + abs(best_return)
-    for field in (field for field in COLUMNS if getattr(args, field) is None):
-        setattr(args, field, row[field])
-    args.g_eval = args.g_online if args.g_eval is None else args.g_eval
-    source = f"row {' '.join(key)}" if key else f"no row for {args.env_id}: Hopper's, g_online from the best return"
-    return f"{source} ({args.dataset_kind} data): " + ", ".join(f"{name} {getattr(args, name):g}" for name in COLUMNS)
+    return " ".join(key) if key else "outside the table", row | ({} if key else {"g_online": None})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Environment
-# ---------------------------------------------------------------------------------------------------------------------
+def fill_from_table(args: Args, kind: str, best_return: float) -> None:
+    """Fill the fields that are None from the paper's row, and print what is in use. Outside the table g_online is
+    best + |best| of the dataset's returns."""
+    args.dataset_kind = args.dataset_kind or kind
+    source, row = paper_row(args.env_id, args.dataset_kind)
+    row["g_online"] = row["g_online"] or best_return + abs(best_return)
+    for name, value in row.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    values = ", ".join(f"{name} {getattr(args, name):g}" for name in COLUMNS)
+    print(f"row {source} ({args.dataset_kind} data): {values}", flush=True)
+
+
+# ---- 3. Model -------------------------------------------------------------------------------------------------------
+
+ACTION_LIMIT = 1.0 - 1e-6  # ODT's: actions stay inside (-1, 1), where atanh is finite
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # the standard deviation depends on the state, squashed into this range
+
+
+def squash(u: torch.Tensor) -> torch.Tensor:
+    """The action tanh(u), inside ODT's limits. That of a mean u is the median of the law. Departure (1)."""
+    return torch.tanh(u).clamp(-ACTION_LIMIT, ACTION_LIMIT)
+
+
+def log_prob(dist: Normal, u: torch.Tensor) -> torch.Tensor:
+    """log-density of the action tanh(u) for u ~ dist, summed over its dimensions: (..., A) -> (...)."""
+    log_slope = 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))  # log d tanh(u)/du, stable for large |u|
+    return (dist.log_prob(u) - log_slope).sum(-1)
+
+
+def attention(q, k, v, mask: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Softmax attention. q (B, heads, L', E / heads), k, v (B, heads, L, E / heads), mask (B or 1, 1, L', L)."""
+    if k.shape[2] > 3:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    # Few tokens: plain products take a fraction of the time of a kernel that is made for long sequences.
+    logits = (q.float().unsqueeze(3) * k.float().unsqueeze(2)).sum(-1)  # (B, heads, L', L)
+    logits = logits / q.shape[-1] ** 0.5
+    weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
+    weights = F.dropout(weights, dropout).unsqueeze(4)  # (B, heads, L', L, 1)
+    return (weights * v.float().unsqueeze(2)).sum(3)  # (B, heads, L', E / heads)
+
+
+class Block(nn.Module):
+    """Pre-LayerNorm transformer block: x += attention(LN x); x += MLP(LN x)."""
+
+    def __init__(self, embed_dim: int, n_heads: int, dropout: float):
+        super().__init__()
+        self.n_heads = n_heads
+        self.dropout = dropout
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.query = nn.Linear(embed_dim, embed_dim)
+        self.key_value = nn.Linear(embed_dim, 2 * embed_dim)
+        self.project = nn.Linear(embed_dim, embed_dim)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.up = nn.Linear(embed_dim, 4 * embed_dim)
+        self.down = nn.Linear(4 * embed_dim, embed_dim)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor, read: slice = slice(None)) -> torch.Tensor:
+        """x (B, L, E), mask (B or 1, 1, L, L) True where a query may look -> the tokens in `read` (B, L', E)."""
+        dropout = self.dropout if self.training else 0.0
+        h = self.norm1(x)
+        q = self.query(h[:, read].contiguous())  # (B, L', E); strided, it would round otherwise without gradients
+        k, v = self.key_value(h).chunk(2, dim=-1)  # (B, L, E) each
+        q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, E / heads)
+        h = attention(q, k, v, mask[:, :, read], dropout)
+        h = self.project(h.transpose(1, 2).flatten(2))  # (B, L', E)
+        x = x[:, read] + F.dropout(h, dropout)
+        h = self.down(F.silu(self.up(self.norm2(x))))
+        return x + F.dropout(h, dropout)
+
+
+class DecisionTransformer(nn.Module):
+    """ODT's stochastic Decision Transformer with the paper's Table 5.
+
+    Tokens (g_1, s_1, a_1, ..., g_K, s_K); the action of a step is read from its state token. Takes raw observations and
+    raw returns: their mean, std and scale are buffers, saved with the weights.
+    """
+
+    kind = "dt"
+
+    def __init__(self, obs_dim, act_dim, embed_dim=512, n_layers=4, n_heads=4, kind="dt", dropout=0.0):
+        super().__init__()
+        self.act_dim = act_dim
+        self.dropout = dropout
+        self.bf16 = False
+        self.embed_return = nn.Linear(1, embed_dim)
+        self.embed_observation = nn.Linear(obs_dim, embed_dim)
+        self.embed_action = nn.Linear(act_dim, embed_dim)
+        self.norm_in = nn.LayerNorm(embed_dim)
+        self.blocks = nn.ModuleList(Block(embed_dim, n_heads, dropout) for _ in range(n_layers))
+        self.norm_out = nn.LayerNorm(embed_dim)
+        self.mean_head = nn.Linear(embed_dim, act_dim)
+        self.log_std_head = nn.Linear(embed_dim, act_dim)
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
+        self.register_buffer("return_scale", torch.ones(()))
+        for layer in self.blocks.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)  # GPT-2's; embeddings keep PyTorch's
+                nn.init.zeros_(layer.bias)
+        for head in (self.mean_head, self.log_std_head):
+            nn.init.orthogonal_(head.weight)
+            nn.init.zeros_(head.bias)
+
+    def attention_mask(self, real: torch.Tensor, n_tokens: int) -> torch.Tensor:
+        """Causal, and blind to padded steps: (B, 1, L, L). real (B, K): False where a step is left padding."""
+        causal = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=real.device).tril()
+        visible = real.repeat_interleave(3, dim=1)[:, None, None, :n_tokens]  # (B, 1, 1, L)
+        itself = torch.eye(n_tokens, dtype=torch.bool, device=real.device)  # else a padded row sees nothing: NaN
+        return (causal & visible) | itself
+
+    def forward(self, observations, returns, actions, real, every_step: bool = False) -> Normal:
+        """Law of u at a window's last step, (B, A), or at every step, (B, K, A); the action is tanh(u).
+
+        observations (B, K, S) and returns (B, K): raw. actions (B, K, A) in [-1, 1]; the last one is not read.
+        real (B, K): False where a step is left padding.
+        """
+        n_tokens = 3 * returns.shape[1] - 1  # none for the last action, which is yet to be chosen
+        dropout = self.dropout if self.training else 0.0
+        s = self.embed_observation((observations - self.obs_mean) / self.obs_std)  # (B, K, E)
+        g = self.embed_return((returns * self.return_scale)[..., None])  # (B, K, E)
+        a = self.embed_action(actions)  # (B, K, E)
+        tokens = [g, s, a][:n_tokens]  # at context 1 without a, whose weights then have no gradient
+        x = torch.stack(tokens, dim=2).flatten(1, 2)[:, :n_tokens]  # (B, L, E); no positional embedding (B.1)
+        x = F.dropout(self.norm_in(x), dropout)
+        mask = self.attention_mask(real, n_tokens)
+        read = slice(1, None, 3) if every_step else slice(-1, None)  # the state tokens that actions are read from
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):  # departure (6)
+            for block in self.blocks[:-1]:
+                x = block(x, mask)
+            x = self.blocks[-1](x, mask, read)  # works out no more than is read
+        x = self.norm_out(x.float())  # (B, 1 or K, E)
+        x = x if every_step else x[:, 0]
+        spread = torch.tanh(self.log_std_head(x))
+        log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (spread + 1.0)
+        return Normal(self.mean_head(x), log_std.exp(), validate_args=False)
+
+    def conditioned_on(self, observations, returns, actions, real) -> torch.Tensor:
+        """The returns-to-go (B, K) that actions are conditioned on: those asked for. Takes what `forward` takes. A
+        model that predicts its own (benchmark/reinformer.py) puts that of the last step in place."""
+        return returns
+
+
+# ---- 4. Rollouts ----------------------------------------------------------------------------------------------------
+
+
+class Steps(NamedTuple):
+    """N rollouts of T steps side by side, behind the K - 1 steps before them: the window of step t is [t, t + K)."""
+
+    observations: np.ndarray  # (N, K - 1 + T, S)
+    returns: np.ndarray  # (N, K - 1 + T) the return-to-go that the action was conditioned on, raw
+    actions: np.ndarray  # (N, K - 1 + T, A) in [-1, 1]
+    real: np.ndarray  # (N, K - 1 + T) False: padding, or after the end
+    u: np.ndarray  # (N, T, A) before tanh: the action is tanh(u)
+    rewards: np.ndarray  # (N, T)
+    snapshots: np.ndarray  # (N, T, D) state of the simulator before each action, (N, 0, 0) if not asked for
+    terminated: np.ndarray  # (N,) whether the task ended it, not a limit
+    last_observation: np.ndarray  # (N, S) after the last step
+
+
+@torch.no_grad()
+def rollout(policy, sims, observations, g, noise, last, past=None, context=1, snapshots=False) -> Steps:
+    """Play `sims` side by side from `observations` (N, S) at returns-to-go g (N,), row i for last[i] steps at most.
+
+    noise (N, L, A): the first L steps sample, those after them take the mean action; L = 0 is an evaluation.
+    past: the K - 1 steps before, as the first four fields of Steps [None: padding].
+    """
+    n, sampled, act_dim = noise.shape
+    front = context - 1
+    total = int(last.max())
+    device = policy.obs_mean.device
+    g = g.astype(np.float64)  # astype copies: the caller's arrays stay as they are
+    observations = observations.astype(np.float64)
+    steps = Steps(
+        observations=np.zeros((n, front + total, observations.shape[1]), np.float32),
+        returns=np.zeros((n, front + total), np.float32),
+        actions=np.zeros((n, front + total, act_dim), np.float32),
+        real=np.zeros((n, front + total), bool),
+        u=np.zeros((n, total, act_dim), np.float32),
+        rewards=np.zeros((n, total)),
+        snapshots=np.zeros((n, total, sims.states.shape[1]) if snapshots else (n, 0, 0)),
+        terminated=np.zeros(n, bool),
+        last_observation=observations,
+    )
+    for field, before in zip(steps, past or ()):
+        field[:, :front] = before
+    alive = np.arange(n)
+    with torch.autocast(device.type, enabled=False):  # a bracket, so that the blocks' bf16 weights are made once
+        for t in range(total):
+            now = (alive, front + t)
+            steps.observations[now] = observations[alive]
+            steps.returns[now] = g[alive]
+            steps.real[now] = True
+            if snapshots:
+                steps.snapshots[alive, t] = sims.states[alive]
+            window = [torch.from_numpy(field[alive, t : t + context]).to(device) for field in steps[:4]]
+            window[1] = policy.conditioned_on(*window)
+            steps.returns[now] = window[1][:, -1].cpu()
+            dist = policy(*window)
+            u = dist.mean
+            if t < sampled:
+                u = u + dist.stddev * torch.from_numpy(noise[alive, t]).to(device)
+            steps.u[alive, t] = u.cpu()
+            steps.actions[now] = squash(u).cpu()
+            observations[alive], rewards, terminated, truncated = sims.step(alive, steps.actions[now])
+            steps.rewards[alive, t] = rewards
+            steps.terminated[alive] = terminated
+            g[alive] -= rewards  # g_{h+1} = g_h - r_h, never clamped
+            alive = alive[~terminated & ~truncated & (t + 1 < last[alive])]
+            if not len(alive):
+                break
+    return steps
+
+
+class Trajectory(NamedTuple):
+    """A full trajectory of T steps behind K - 1 steps of padding: step h's window is [h, h + K) of the first four."""
+
+    observations: np.ndarray  # (K - 1 + T, S)
+    returns: np.ndarray  # (K - 1 + T,) return-to-go that the action was conditioned on, raw
+    actions: np.ndarray  # (K - 1 + T, A) in [-1, 1]
+    real: np.ndarray  # (K - 1 + T,) False: padding
+    rewards: np.ndarray  # (T,)
+    snapshots: np.ndarray  # (T, D) of the simulator, before each action
+
+
+def draw_noise(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Standard normal, for all rows and steps, whoever lives: so nothing depends on who fell."""
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def collect(policy, sims: Simulators, n: int, args: Args, rng: np.random.Generator) -> list[Trajectory]:
+    """Line 2: n full trajectories side by side, with sampled actions, from g_online."""
+    observations = sims.reset(rng.integers(2**31, size=n))
+    noise = draw_noise(rng, n, sims.limit, policy.act_dim)
+    g, last = np.full(n, args.g_online), np.full(n, sims.limit)
+    steps = rollout(policy, sims, observations, g, noise, last, context=args.c_online, snapshots=True)
+    trajectories = []
+    for i, length in enumerate(steps.real.sum(1)):
+        seen = [field[i, : args.c_online - 1 + length].copy() for field in steps[:4]]
+        rewards = steps.rewards[i, :length].copy()
+        trajectories.append(Trajectory(*seen, rewards, steps.snapshots[i, :length].copy()))
+    return trajectories
+
+
+def evaluate(policy, sims: Simulators, args: Args, iteration: int, film_to: Path | None = None) -> dict[str, float]:
+    """Episodes with the mean action, from g_online: the columns eval/ of metrics.csv. The same (seed, iteration) plays
+    the same episodes, so a saved model scores what it scored in memory. film_to: a folder, for the first episode."""
+    begun = time.perf_counter()
+    seeds = np.random.default_rng([args.seed, iteration, 1]).integers(2**31, size=args.eval_episodes)
+    n = len(seeds)
+    g, last = np.full(n, args.g_online), np.full(n, sims.limit)
+    noise = np.zeros((n, 0, policy.act_dim), np.float32)
+    steps = rollout(policy, sims, sims.reset(seeds), g, noise, last, context=args.c_online)
+    if film_to:
+        film(sims.main.env, args.env_id, int(seeds[0]), steps.actions[0][steps.real[0]], film_to)
+    returns = steps.rewards.sum(1)
+    return {
+        "eval/return_mean": returns.mean().item(),
+        "eval/return_std": returns.std().item(),
+        "eval/length_mean": steps.real.sum(1).mean().item(),
+        "eval/normalized_score": normalized_score(args.env_id, returns.mean().item()),
+        "time/eval": time.perf_counter() - begun,
+    }
+
+
+@torch.no_grad()
+def action_variance(policy, trajectory: Trajectory, context: int) -> np.ndarray:
+    """sigma_h^2, the mean over dimensions of the policy's variance (before tanh) at each step: (T,). Section 3.2."""
+    fields = [torch.from_numpy(field)[None].to(policy.obs_mean.device) for field in trajectory[:4]]
+    dist = policy(*(windows(field, context) for field in fields))  # T windows of K steps
+    return dist.variance.mean(-1).cpu().numpy()
+
+
+def choose_points(policy, replay: list[Trajectory], args: Args, rng: np.random.Generator) -> list[tuple]:
+    """Lines 3 and 5: trajectories in proportion to length, with replacement; steps in each by softmax(sigma_h^2). A
+    pair (trajectory, step) for each of the N sub-trajectories: G times the same one, group after group."""
+    lengths = np.array([len(trajectory.rewards) for trajectory in replay])
+    sources = rng.choice(len(replay), size=args.n_sources, p=lengths / lengths.sum())
+    count = args.n_points * (args.group_size if args.mixed_groups else 1)
+    logits = {source: np.zeros(lengths[source]) for source in sources}
+    if not args.random_points:
+        logits = {source: action_variance(policy, replay[source], args.c_online) for source in logits}
+    points = []
+    for source in sources:
+        # Gumbel top-k draws from the softmax without replacement, whatever the logits; short trajectories repeat
+        order = np.argsort(-(logits[source] + rng.gumbel(size=lengths[source])))
+        steps = np.zeros(count, int) if args.full_trajectories else np.resize(order[:count], count)
+        points += [(replay[source], int(h)) for h in steps]
+    if args.mixed_groups:
+        return [points[i] for i in rng.permutation(len(points))]
+    return [point for point in points for _ in range(args.group_size)]
+
+
+def rollout_groups(policy, sims: Simulators, members: list[tuple], args: Args, rng) -> tuple[Steps, np.ndarray]:
+    """Line 6: a sub-trajectory from each of N points, and the scores (N,), r of Eq. 2: discounted reward over
+    L_traj + L_eval steps."""
+    n, front, horizon = len(members), args.c_online - 1, args.l_traj + args.l_eval
+    sims.states[:n] = [source.snapshots[h] for source, h in members]
+    past = [np.stack([source[i][h : h + front] for source, h in members]) for i in range(4)]  # (N, K - 1, ...) each
+    observations = np.stack([source.observations[h + front] for source, h in members])  # (N, S)
+    g = np.array([source.returns[h + front] for source, h in members])  # (N,)
+    last = np.full(n, horizon)
+    if args.hindsight:  # on to the time limit, for the returns that are reached
+        last = np.maximum(horizon, sims.limit - np.array([h for _, h in members]))
+    noise = draw_noise(rng, n, args.l_traj, policy.act_dim)
+    steps = rollout(policy, sims, observations, g, noise, last, past, args.c_online)
+    return steps, steps.rewards[:, :horizon] @ args.gamma ** np.arange(horizon)
+
+
+def hindsight_returns(steps: Steps, members: list[tuple], limit: int, args: Args) -> np.ndarray:
+    """Fig. 1: the returns-to-go that sub-trajectories reached by the time limit, also from the K - 1 steps before their
+    points: (N, K - 1 + L_traj)."""
+    front = args.c_online - 1
+    points = np.array([h for _, h in members])[:, None]  # (N, 1)
+    earlier = [np.pad(source.rewards, (front, 0))[h : h + front] for source, h in members]
+    inside = np.arange(steps.rewards.shape[1]) < limit - points  # (N, T)
+    rewards = np.concatenate([np.stack(earlier), steps.rewards * inside], axis=1)  # (N, K - 1 + T)
+    reached = rewards[:, ::-1].cumsum(1)[:, ::-1]
+    return reached[:, : front + args.l_traj].astype(np.float32)
+
+
+# ---- 5. Advantage, loss, update -------------------------------------------------------------------------------------
+
+
+def group_advantages(scores: np.ndarray, group_size: int, delta_r: float) -> tuple[np.ndarray, np.ndarray]:
+    """Eq. 2 and the filter of Appendix B.1: advantages (N,) and which members stay (N,).
+
+    The score relative to its group, in units of the group's standard deviation (population). Members within delta_r of
+    the group's mean leave, and so do groups without spread. The statistics are those of the whole group.
+    """
+    groups = scores.reshape(-1, group_size)  # (P, G)
+    mean = groups.mean(1, keepdims=True)
+    std = groups.std(1, keepdims=True)
+    advantages = (groups - mean) / (std + 1e-8)  # Eq. 2
+    keep = (np.abs(groups - mean) > delta_r) & (std > 1e-8 + 1e-6 * np.abs(mean))  # more than rounding
+    return advantages.ravel(), keep.ravel()
+
+
+class SubTrajectories(NamedTuple):
+    """Sub-trajectories of L sampled steps behind the K - 1 steps before them, windows as in Steps."""
+
+    observations: torch.Tensor  # (B, K - 1 + L, S)
+    returns: torch.Tensor  # (B, K - 1 + L) raw; under --hindsight those that were reached
+    actions: torch.Tensor  # (B, K - 1 + L, A)
+    real: torch.Tensor  # (B, K - 1 + L) False: padding, or after the sub-trajectory ended
+    u: torch.Tensor  # (B, L, A)
+    advantage: torch.Tensor  # (B,)
+    old_log_prob: torch.Tensor  # (B, L)
+
+    def take(self, index) -> SubTrajectories:
+        return SubTrajectories(*(field[index] for field in self))
+
+
+def windows(steps: torch.Tensor, context: int) -> torch.Tensor:
+    """Every window of K consecutive steps: (B, K - 1 + L, ...) -> (B L, K, ...)."""
+    return steps.unfold(1, context, 1).movedim(-1, 2).flatten(0, 1)
+
+
+def distribution(model: DecisionTransformer, sub: SubTrajectories) -> Normal:
+    """The policy's law of u (B, L, A) at each step of `sub`, from the very window that the rollout saw."""
+    context = sub.real.shape[1] - sub.u.shape[1] + 1
+    dist = model(*(windows(field, context) for field in sub[:4]))  # B L windows of K steps
+    return Normal(dist.mean.view_as(sub.u), dist.stddev.view_as(sub.u), validate_args=False)
+
+
+def masked_mean(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Mean over the real steps: values and real of one shape."""
+    return (values * real).sum() / real.sum()
+
+
+def importance_ratio(log_ratio: torch.Tensor, real: torch.Tensor, kind: str) -> torch.Tensor:
+    """pi(tau) / pi_old(tau) of each sub-trajectory (B, 1), or of each step (B, L) if kind is "token"."""
+    log_ratio = log_ratio * real  # (B, L)
+    if kind != "token":
+        log_ratio = log_ratio.sum(1, keepdim=True)  # a sum over the sub-trajectory: Eq. 3
+    if kind == "geometric":
+        log_ratio = log_ratio / real.sum(1, keepdim=True)  # GSPO's
+    return log_ratio.clamp(-20.0, 20.0).exp()  # departure (2)
+
+
+def grpo_loss(model, reference, sub: SubTrajectories, kappa, args: Args) -> tuple[torch.Tensor, dict]:
+    """Minus Eq. 3 and minus the entropy term kappa H; and the values to log."""
+    real = sub.real[:, -sub.u.shape[1] :]  # (B, L)
+    dist = distribution(model, sub)
+    ratio = importance_ratio(log_prob(dist, sub.u) - sub.old_log_prob, real, args.ratio)  # (B, 1 or L)
+    clipped = ratio.clamp(1.0 - args.epsilon, 1.0 + args.epsilon)
+    advantage = sub.advantage[:, None]  # (B, 1)
+    surrogate = torch.min(ratio * advantage, clipped * advantage)  # Eq. 3
+    weight = real if args.ratio == "token" else torch.ones_like(ratio)
+    surrogate = ((surrogate * weight).sum(1) / weight.sum(1)).mean()  # Eq. 1's 1/|o| if one ratio per step
+
+    with torch.no_grad():
+        reference_dist = distribution(reference, sub)
+    kl = masked_mean(kl_divergence(dist, reference_dist).sum(-1), real)  # of u: tanh changes nothing
+    entropy = masked_mean(-log_prob(dist, dist.rsample()), real)  # estimated by one sample a step
+    loss = -(surrogate - args.beta * kl + kappa * entropy)  # Eq. 3 and the entropy constraint's Lagrangian
+    values = {"loss": loss, "surrogate": surrogate, "kl": kl, "entropy": entropy}
+    values["ratio_mean"] = masked_mean(ratio, weight)
+    values["ratio_max"] = ratio.max()
+    values["clip_fraction"] = masked_mean((clipped != ratio).float(), weight)
+    return loss, values
+
+
+class GRPOLearner:
+    """Policy, reference, optimisers, entropy dual and buffer: all that an iteration's updates change."""
+
+    def __init__(self, model: DecisionTransformer, args: Args):
+        self.model = model.eval()  # no dropout in finetuning (Table 5)
+        self.args = args
+        self.updates = 0
+        self.reference = copy.deepcopy(model).requires_grad_(False)
+        self.optimizer = Lamb(model.parameters(), args.lr, args.weight_decay)
+        self.log_kappa = torch.tensor(math.log(args.kappa_initial), device=model.obs_mean.device, requires_grad=True)
+        self.dual = torch.optim.Adam([self.log_kappa], lr=args.kappa_lr)
+        self.buffer: SubTrajectories | None = None
+
+    @torch.no_grad()
+    def remember(self, steps: Steps, advantages: np.ndarray, keep: np.ndarray, reached=None) -> None:
+        """Line 8: the members that stay enter the buffer, the first ones in it leave. reached: hindsight_returns."""
+        args, device = self.args, self.model.obs_mean.device
+        width = args.c_online - 1 + args.l_traj
+        fields = [field[keep, :width] for field in steps[:4]]
+        fields += [steps.u[keep, : args.l_traj], advantages[keep].astype(np.float32)]
+        fields = [torch.from_numpy(field).to(device) for field in fields]
+        new = SubTrajectories(*fields, old_log_prob=torch.zeros(fields[4].shape[:2], device=device))
+        # departure (5): by the update's own forward, so that before the first step the ratio is 1
+        for part in torch.arange(len(new.u), device=device).split(args.n_batch):
+            new.old_log_prob[part] = log_prob(distribution(self.model, new.take(part)), new.u[part])
+        if args.hindsight:  # from here on the network sees the returns that were reached
+            new.returns.copy_(torch.from_numpy(reached[keep]))
+        if self.buffer:
+            new = SubTrajectories(*(torch.cat(pair) for pair in zip(self.buffer, new)))
+        self.buffer = new.take(slice(-args.buffer_size, None))
+
+    def update(self, rng: np.random.Generator) -> dict[str, float]:
+        """Line 9: minibatches drawn uniformly from the buffer, a gradient step each; means of the values to log."""
+        args, logged = self.args, []
+        torch.manual_seed(int(rng.integers(2**31)))  # of the entropy's samples
+        for _ in range(args.n_minibatches):
+            if self.updates % args.reference_every == 0:
+                self.reference.load_state_dict(self.model.state_dict())
+            index = torch.from_numpy(rng.integers(len(self.buffer.u), size=args.n_batch))
+            sub = self.buffer.take(index.to(self.log_kappa.device))
+            kappa = self.log_kappa.exp()
+            loss, values = grpo_loss(self.model, self.reference, sub, kappa.detach(), args)
+            self.optimizer.zero_grad()
+            loss.backward()
+            values["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+            self.optimizer.step()
+            # the dual of H >= rho, rho = -dim A: min over kappa >= 0 of kappa (H - rho)
+            self.dual.zero_grad()
+            (kappa * (values["entropy"].detach() + self.model.act_dim)).backward()
+            self.dual.step()
+            self.updates += 1
+            values["kappa"] = kappa
+            logged.append(torch.stack([value.detach() for value in values.values()]))
+        table = torch.stack(logged).cpu().numpy()  # (updates, values); the only wait for the device
+        losses = {f"losses/{name}": column.mean().item() for name, column in zip(values, table.T)}
+        ratios = dict(zip(values, table.T))
+        losses["losses/ratio_max"] = ratios["ratio_max"].max().item()
+        losses["losses/ratio_first"] = ratios["ratio_mean"][0].item()
+        if not np.isfinite(table).all():
+            die(f"the loss is not finite ({losses}): lower --lr; the last checkpoint is kept.")
+        return losses
+
+    PARTS = ("model", "reference", "optimizer", "dual")
+
+    def state(self) -> dict:
+        """What a resumed run needs."""
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        return parts | dict(log_kappa=self.log_kappa.detach(), updates=self.updates, buffer=list(self.buffer or ()))
+
+    def load_state(self, state: dict) -> None:
+        """Go on from what `state` gave, at the rates of the arguments."""
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.optimizer.param_groups[0].update(lr=self.args.lr, weight_decay=self.args.weight_decay)
+        self.dual.param_groups[0]["lr"] = self.args.kappa_lr
+        self.log_kappa.data.copy_(state["log_kappa"])
+        self.updates = state["updates"]
+        if state["buffer"]:
+            self.buffer = SubTrajectories(*(field.to(self.log_kappa.device) for field in state["buffer"]))
+
+
+# ---- 6. Algorithm 1 -------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> Path:
+    """Algorithm 1; returns the run's folder."""
+    base = start(args)
+    model = load_model(base, set_up_torch(args), args.bf16)
+    run_dir = choose_run_dir(args)
+    env = make_env(args.env_id, base["env_kwargs"])
+    if args.full_trajectories:  # Fig. 2a
+        args.l_traj, args.l_eval = env.spec.max_episode_steps, 0
+    learner = GRPOLearner(model, args)
+    iteration, env_steps, replay, rows = 0, 0, [], []
+    if args.resume:
+        learner.load_state(base["learner"])
+        iteration, env_steps, rows = base["iteration"], base["env_steps"], base["rows"]
+        replay = [Trajectory(*(field.numpy() for field in each)) for each in base["replay"]]
+    film_to = run_dir / "videos" if args.capture_video else None
+    size = max(args.n_sources * args.n_points * args.group_size, args.n_trajectories, args.eval_episodes)
+    with Simulators(env, size, args.workers) as sims, Log(run_dir, args, rows) as log:
+        if not rows:  # the pretrained policy, before any update
+            log.add({"iteration": 0} | evaluate(model, sims, args, 0, film_to))
+        while iteration < args.iterations:
+            iteration += 1
+            rng = np.random.default_rng([args.seed, iteration])  # of all that is drawn in this iteration
+            clock = [time.perf_counter()]
+            count = args.n_trajectories if replay else args.n_sources  # departure (8)
+            trajectories = collect(model, sims, count, args, rng)  # line 2
+            replay = [*replay, *trajectories][-args.replay_size :]
+            clock.append(time.perf_counter())
+            simulated = sims.seconds
+            members = choose_points(model, replay, args, rng)  # lines 3-5
+            steps, scores = rollout_groups(model, sims, members, args, rng)  # line 6
+            clock.append(time.perf_counter())
+            simulated = sims.seconds - simulated
+            advantages, keep = group_advantages(scores, args.group_size, args.delta_r)  # line 7
+            reached = hindsight_returns(steps, members, sims.limit, args) if args.hindsight else None
+            if keep.any():
+                learner.remember(steps, advantages, keep, reached)  # line 8
+            row = {"iteration": iteration} | (learner.update(rng) if learner.buffer else {})  # line 9
+            clock.append(time.perf_counter())
+            if iteration % args.eval_every == 0 or iteration == args.iterations:
+                row |= evaluate(model, sims, args, iteration, film_to)
+            row |= rollout_metrics(trajectories, steps, scores, keep, args) | time_metrics(clock, simulated)
+            env_steps += row["rollout/env_steps"]
+            log.add(row | {"charts/env_steps": env_steps, "charts/gradient_updates": learner.updates})
+            content = dict(iteration=iteration, env_steps=env_steps, rows=log.rows, weights=model.state_dict())
+            content |= dict(learner=learner.state(), replay=[[torch.from_numpy(f) for f in each] for each in replay])
+            save_checkpoint(run_dir / "checkpoint.pt", run_facts(base, args) | content)
+    print(f"checkpoint: {run_dir / 'checkpoint.pt'}", flush=True)
+    return run_dir
+
+
+# What follows is machinery, which a first reading may skip: optimiser, environments, simulators, the run's folder.
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB (You et al. 2019) as ODT uses it: Adam's direction with both bias corrections, weight decay on every tensor,
+    rescaled to the norm of the tensor it moves. So a step moves each tensor by lr of its norm, unless that is 0."""
+
+    def __init__(self, params, lr: float, weight_decay: float, betas=(0.9, 0.999), eps: float = 1e-8):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, step=0))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step for every parameter that has a gradient: at context 1 the action embedding has none."""
+        for group in self.param_groups:
+            group["step"] += 1
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    self.state[p] = dict(m=torch.zeros_like(p), v=torch.zeros_like(p))
+                m = self.state[p]["m"].lerp_(p.grad, 1.0 - beta1)
+                v = self.state[p]["v"].lerp_(p.grad.square(), 1.0 - beta2)
+                m_hat = m / (1.0 - beta1 ** group["step"])
+                v_hat = v / (1.0 - beta2 ** group["step"])
+                direction = m_hat / (v_hat.sqrt() + group["eps"]) + group["weight_decay"] * p
+                trust = p.norm() / direction.norm()
+                trust = torch.where((trust > 0) & trust.isfinite(), trust, 1.0)  # a zero tensor: a plain step
+                p -= group["lr"] * trust * direction
+
+
+# ---- 7. Environments ------------------------------------------------------------------------------------------------
 
 # D4RL's reference returns (random policy, expert): score = 100 (R - min) / (max - min).
 REFERENCE_RETURNS = {
@@ -231,7 +747,7 @@ GOAL_KEYS = ("achieved_goal", "observation", "desired_goal")
 
 def task_of(env_id: str) -> str:
     """'AdroitHandDoor-v1' -> 'AdroitHandDoor', 'AntMaze_UMaze-v4' -> 'AntMaze': the key of the tables."""
-    task = env_id.split("/")[-1].rsplit("-v", 1)[0]
+    task = re.split("[/:]", env_id)[-1].rsplit("-v", 1)[0]
     return "AntMaze" if task.startswith("AntMaze_") else task
 
 
@@ -241,57 +757,50 @@ def normalized_score(env_id: str, returns: float) -> float:
     return 100.0 * (returns - low) / (high - low)
 
 
-def flatten_observation(observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
-    """One flat vector (..., S). A goal dictionary in the order of GOAL_KEYS (AntMaze: 31), so that the first 29 are
-    D4RL's layout (qpos, qvel)."""
-    if isinstance(observation, dict):
-        return np.concatenate([observation[key] for key in GOAL_KEYS], axis=-1)
-    return np.asarray(observation)
-
-
-def d4rl_rules(task: str, observation: np.ndarray, reward, terminated) -> tuple:
-    """Reward and termination by D4RL's rules, from those of gymnasium-robotics 1.4.2 and the observation (..., S) after
-    the step. Since 1.2.1 its door, hammer and relocate add 0.1 |hand - object| where D4RL subtracts it: taking it off
-    twice puts that right. D4RL's pen ends when it has fallen below 0.075 m; today's never does."""
-    if task == "AdroitHandDoor":
-        reward = reward - 0.2 * np.linalg.norm(observation[..., 35:38], axis=-1)  # palm - handle
-    elif task == "AdroitHandHammer":
-        reward = reward - 0.2 * np.linalg.norm(observation[..., 33:36] - observation[..., 36:39], axis=-1)
-    elif task == "AdroitHandRelocate":
-        reward = reward - 0.2 * np.linalg.norm(observation[..., 30:33], axis=-1)  # palm - ball
-    elif task == "AdroitHandPen":
-        terminated = terminated | (observation[..., 26] < 0.075)  # height of the pen
-    return reward, terminated
-
-
 class D4RLRules(gym.Wrapper):
-    """Flat observations, and D4RL's rewards and terminations where today's packages differ (docs/datasets.md)."""
+    """Flat observations, and D4RL's rewards and terminations where gymnasium-robotics 1.4.2 differs (docs/datasets.md).
+
+    Since 1.2.1 its door, hammer and relocate add 0.1 |hand - object| where D4RL subtracts it: taking it off twice puts
+    that right. D4RL's pen ends when it has fallen below 0.075 m; today's never does.
+    """
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        self.task = task_of(env.spec.id)
+        self.rules = env.spec.id  # the corrections are for -v1 ids: a -v2 would be right as it is
         if isinstance(env.observation_space, gym.spaces.Dict):
             size = sum(space.shape[0] for space in env.observation_space.values())
             self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float64)
 
+    def flat(self, observation) -> np.ndarray:
+        """A copy of its own (S,); a goal dictionary in the order of GOAL_KEYS, whose first 29 are D4RL's AntMaze."""
+        if isinstance(observation, dict):
+            observation = np.concatenate([observation[key] for key in GOAL_KEYS])
+        return np.array(observation, np.float64)
+
     def reset(self, **kwargs):
         observation, info = self.env.reset(**kwargs)
-        return flatten_observation(observation), info
+        return self.flat(observation), info
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
-        observation = flatten_observation(observation)
-        reward, terminated = d4rl_rules(self.task, observation, reward, terminated)
-        return observation, float(reward), bool(terminated), truncated, info
+        observation = self.flat(observation)
+        reward = np.asarray(reward, np.float64).item()  # some tasks give an array (1,)
+        if self.rules == "AdroitHandDoor-v1":
+            reward -= 0.2 * np.linalg.norm(observation[35:38])  # palm - handle
+        elif self.rules == "AdroitHandHammer-v1":
+            reward -= 0.2 * np.linalg.norm(observation[33:36] - observation[36:39])
+        elif self.rules == "AdroitHandRelocate-v1":
+            reward -= 0.2 * np.linalg.norm(observation[30:33])  # palm - ball
+        elif self.rules == "AdroitHandPen-v1":
+            terminated = terminated or observation[26] < 0.075  # height of the pen
+        return observation, reward, bool(terminated), bool(truncated), info
 
 
-def make_env(env_id: str, env_kwargs: dict | None = None, render_mode: str | None = None) -> gym.Env:
-    """The environment `env_id` under D4RL's rules, with flat observations.
-
-    Exits with a line if it is unknown or has no time limit, or if observations or actions are not a flat Box, that of
-    actions bounded.
-    """
-    task, kwargs = task_of(env_id), dict(env_kwargs or {})
+def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> gym.Env:
+    """The environment `env_id` under D4RL's rules, with flat observations. Exits with a line if it does not suit."""
+    task, kwargs = task_of(env_id), dict(env_kwargs)
+    if render_mode:
+        kwargs["render_mode"] = render_mode
     if task == "AdroitHandPen":
         kwargs["max_episode_steps"] = 100  # D4RL's; gymnasium-robotics gives 200
     if task == "AntMaze":
@@ -302,29 +811,42 @@ def make_env(env_id: str, env_kwargs: dict | None = None, render_mode: str | Non
 
         gym.register_envs(gymnasium_robotics)
     try:
-        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True, **kwargs)
+        env = gym.make(env_id, disable_env_checker=True, **kwargs)
     except Exception as error:  # gymnasium's errors, missing packages, and whatever a task's own code raises
         die(f"cannot make the environment {env_id}: {str(error) or repr(error)}. Name one such as Hopper-v5 or Ant-v4.")
     actions, seen = env.action_space, env.observation_space
     parts = seen.values() if isinstance(seen, gym.spaces.Dict) and {*seen} == {*GOAL_KEYS} else [seen]
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (*parts, actions)):
         die(f"{env_id} has actions {actions} and observations {seen}: both must be flat Boxes (goal keys may stay).")
-    if not np.all(np.isfinite([actions.low, actions.high])):
+    if not actions.is_bounded():
         die(f"{env_id} has unbounded actions {actions}: they are scaled between their bounds, so give it finite ones.")
     if env.spec.max_episode_steps is None:
         die(f"{env_id} has no time limit, so an episode might never end: register it with max_episode_steps.")
     return D4RLRules(env)
 
 
-def scale_action(action: np.ndarray, env: gym.Env) -> np.ndarray:
-    """From the network's [-1, 1] to the bounds of the environment."""
-    low, high = env.action_space.low, env.action_space.high
-    return low + (action + 1.0) * 0.5 * (high - low)
+def scale_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
+    """From the network's [-1, 1] to the bounds of the environment, in the type of its Box: (..., A)."""
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    return (low + (action + 1.0) * 0.5 * (high - low)).astype(space.dtype)
 
 
-# The simulator pool. A snapshot is one flat vector: MuJoCo's integration state, then `live_arrays`.
+def film(env: gym.Env, env_id: str, seed: int, actions: np.ndarray, folder: Path) -> None:
+    """Play the episode of `seed` again in a twin of `env`, by its actions (T, A), before a camera."""
+    try:
+        camera = make_env(env_id, env.unwrapped.spec.kwargs, "rgb_array")
+        camera = gym.wrappers.RecordVideo(camera, str(folder), lambda episode: True, name_prefix=f"seed-{seed}")
+        camera.reset(seed=seed)
+        for action in actions:
+            camera.step(scale_action(action, env.action_space))
+        camera.close()
+    except Exception as error:  # moviepy missing, no GL library, no display: each raises its own
+        die(f"cannot film {env_id}: {error}. It needs moviepy (pip install moviepy) and a GL library (MUJOCO_GL=egl).")
+    print(f"film: {folder}", flush=True)
+
 
 INTEGRATION_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
+UNSTABLE = (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)
 
 
 def simulator_of(env: gym.Env):
@@ -333,769 +855,224 @@ def simulator_of(env: gym.Env):
 
 
 def live_arrays(env: gym.Env) -> list[np.ndarray]:
-    """What beside the integration state makes a simulation: body positions, of which rewards take differences; model
-    fields that Adroit draws at each reset; the goal of a maze. All of them views."""
+    """What beside MuJoCo's integration state makes a simulation, as views: body positions, of which rewards take
+    differences; model fields that Adroit draws at each reset; the goal of a maze. Add what a task of your own keeps."""
     model, data = simulator_of(env).model, simulator_of(env).data
-    goal = [env.unwrapped.goal] if hasattr(env.unwrapped, "goal") else []
-    # [13] xpos and xipos lag the joints by a substep: worked out anew, the first reward of an Ant would be wrong
-    return [data.xpos, data.xipos, model.body_pos, model.body_quat, model.site_pos, *goal]
+    goal = getattr(env.unwrapped, "goal", None)
+    # xpos and xipos lag the joints by a substep: worked out anew, the first reward of an Ant would be wrong
+    arrays = [data.xpos, data.xipos, model.body_pos, model.body_quat, model.site_pos, goal]
+    return [array for array in arrays if isinstance(array, np.ndarray)]
 
 
-def take_snapshot(env: gym.Env) -> np.ndarray:
-    """The simulation of `env` as a flat vector (D,)."""
-    model, data = simulator_of(env).model, simulator_of(env).data
-    state = np.empty(mujoco.mj_stateSize(model, INTEGRATION_STATE))
-    mujoco.mj_getState(model, data, state, INTEGRATION_STATE)
-    return np.concatenate([state, *(array.ravel() for array in live_arrays(env))])
+class Simulation:
+    """An environment whose whole state can be taken and put, as a vector (D,)."""
+
+    def __init__(self, env: gym.Env):
+        self.env = env
+        self.reset(seed=0)  # Adroit and AntMaze set attributes there
+
+    def reset(self, seed: int) -> np.ndarray:
+        """A new episode's first observation (S,)."""
+        observation, _ = self.env.reset(seed=seed)
+        self.model, self.data = simulator_of(self.env).model, simulator_of(self.env).data
+        self.arrays = [array.reshape(-1) for array in live_arrays(self.env)]  # views
+        sizes = [mujoco.mj_stateSize(self.model, INTEGRATION_STATE), *(array.size for array in self.arrays)]
+        self.ends = np.cumsum(sizes).tolist()
+        return observation
+
+    def put(self, state: np.ndarray) -> None:
+        mujoco.mj_setState(self.model, self.data, state[: self.ends[0]], INTEGRATION_STATE)
+        for array, start, end in zip(self.arrays, self.ends, self.ends[1:]):
+            array[:] = state[start:end]
+
+    def take(self, state: np.ndarray) -> None:
+        mujoco.mj_getState(self.model, self.data, state[: self.ends[0]], INTEGRATION_STATE)
+        for array, start, end in zip(self.arrays, self.ends, self.ends[1:]):
+            state[start:end] = array
+
+    def play(self, rows: np.ndarray, states, actions, observations, results) -> None:
+        """Put, step, take for each of `rows` of the shared arrays."""
+        dtype = self.env.action_space.dtype
+        for i in rows:
+            self.put(states[i])
+            observations[i], *result, _, _ = self.env.step(actions[i].astype(dtype))
+            results[i] = result
+            self.take(states[i])
+        if any(self.data.warning[int(kind)].number for kind in UNSTABLE):
+            results[rows] = np.nan  # MuJoCo has reset itself and goes on, with finite numbers
 
 
-def unstable(env: gym.Env) -> bool:
-    """Whether MuJoCo found a bad position, velocity or acceleration: it then resets itself and goes on."""
-    kinds = (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)
-    return any(simulator_of(env).data.warning[int(kind)].number for kind in kinds)
+def shared_arrays(buffer, widths: list[int]) -> list[np.ndarray]:
+    """Views of a shared table, a row for each of N simulations: states (N, D), actions (N, A) in the environment's
+    bounds, observations (N, S), results (N, 2), which are reward and whether it terminated."""
+    return np.split(np.frombuffer(buffer).reshape(-1, sum(widths)), np.cumsum(widths)[:-1], axis=1)
 
 
-class SimulatorPool:
-    """N simulations of one environment, stepped in threads. This is the general way, for any MuJoCo environment: each
-    is a shallow copy of `env` with its own MjData, and its own `step` is called, outside the time limit's wrapper."""
-
-    def __init__(self, env: gym.Env, size: int, threads: int):
-        env.reset(seed=0)  # Adroit and AntMaze set attributes there
-        self.env, self.task, self.size, self.threads = env, task_of(env.spec.id), size, max(1, min(threads, size))
-        self.workers = ThreadPoolExecutor(self.threads)
-        self.models = [copy.copy(simulator_of(env).model) for _ in range(self.threads)]
-        self.sims = [self.copy_of(env.unwrapped) for _ in range(size)]
-        self.fields = [None] * size  # model fields of each simulation; a thread's model gets them before a step
-        self.seconds = 0.0  # spent in simulation
-
-    @staticmethod
-    def copy_of(env: gym.Env) -> gym.Env:
-        """A simulation of its own: everything shared but MjData and the goal. (copy.copy would build a new one.)"""
-        sim = object.__new__(type(env))
-        vars(sim).update(vars(env))
-        if hasattr(env, "ant_env"):
-            sim.ant_env = SimulatorPool.copy_of(env.ant_env)
-        else:
-            sim.data = mujoco.MjData(env.model)
-        if hasattr(env, "goal"):
-            sim.goal = env.goal.copy()
-        return sim
-
-    def in_threads(self, function, rows: np.ndarray) -> None:
-        """function(chunk of positions in rows, number of the thread) in all threads, until all have ended."""
-        begun, chunks = time.time(), np.array_split(np.arange(len(rows)), self.threads)
-        list(self.workers.map(function, chunks, range(self.threads)))
-        self.seconds += time.time() - begun
-
-    def restore(self, rows: np.ndarray, snapshots: np.ndarray) -> None:
-        """Put simulations `rows` (n,) into the states `snapshots` (n, D)."""
-        size = mujoco.mj_stateSize(self.models[0], INTEGRATION_STATE)
-        for row, snapshot in zip(rows, snapshots):
-            simulator, arrays = simulator_of(self.sims[row]), live_arrays(self.sims[row])
-            mujoco.mj_setState(simulator.model, simulator.data, snapshot[:size], INTEGRATION_STATE)
-            parts = np.split(snapshot[size:], np.cumsum([array.size for array in arrays])[:-1])
-            for part, array in zip(parts, arrays):
-                array[...] = part.reshape(array.shape)
-            self.fields[row] = [array.copy() for array in arrays[2:5]]
-
-    def step(self, rows: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Step simulations `rows` (n,) by `actions` (n, A), in the environment's bounds: observations (n, S), rewards
-        (n,), terminations (n,)."""
-        observations = np.empty((len(rows), *self.env.observation_space.shape))
-        rewards, terminated = np.empty(len(rows)), np.empty(len(rows), bool)
-
-        def work(chunk: np.ndarray, thread: int) -> None:
-            model = self.models[thread]
-            for j in chunk:
-                sim = self.sims[rows[j]]
-                simulator_of(sim).model = model
-                model.body_pos[:], model.body_quat[:], model.site_pos[:] = self.fields[rows[j]]
-                observation, rewards[j], terminated[j], _, _ = sim.step(actions[j])
-                observations[j] = flatten_observation(observation)
-
-        self.in_threads(work, rows)
-        return observations, *d4rl_rules(self.task, observations, rewards, terminated)
-
-    def unstable(self) -> bool:
-        """Whether any of its simulations ever was."""
-        return any(map(unstable, self.sims))
+def untimed(spec) -> Simulation:
+    """A simulation of the environment that `spec` describes, its own wrappers on, the time limit off: departure (4)."""
+    gym.logger.min_level = gym.logger.ERROR
+    return Simulation(D4RLRules(gym.make(spec, max_episode_steps=-1, disable_env_checker=True)))
 
 
-class LocomotionPool(SimulatorPool):
-    """The fast way, for Hopper, Walker2d, HalfCheetah and Ant: MuJoCo is stepped in threads, observation, reward and
-    termination are worked out for the whole batch in NumPy, from the constants of the environment itself."""
-
-    TASKS = ("Hopper", "Walker2d", "HalfCheetah", "Ant")
-
-    def __init__(self, env: gym.Env, size: int, threads: int):
-        super().__init__(env, size, threads)
-        self.rules, self.v4 = env.unwrapped, env.spec.id.endswith("-v4")
-        # Ant-v5 always pays for contact forces, Ant-v4 only if asked to; they need a pass of their own after the step
-        self.contact = self.task == "Ant" and getattr(self.rules, "_use_contact_forces", True)
-        # rewarded is the speed of the torso's body in Ant, of the root joint otherwise
-        self.views = [
-            (d, d.ctrl, d.qpos, d.qvel, d.cfrc_ext, d.xpos[1] if self.task == "Ant" else d.qpos)
-            for d in (sim.data for sim in self.sims)
-        ]
-
-    def step(self, rows: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        qpos, qvel, forces = (np.empty((len(rows), *view.shape)) for view in self.views[0][2:5])
-        before, after, skip = np.empty(len(rows)), np.empty(len(rows)), self.rules.frame_skip
-
-        def work(chunk: np.ndarray, thread: int) -> None:
-            model = self.models[thread]
-            for j in chunk:
-                data, ctrl, position, velocity, force, place = self.views[rows[j]]
-                before[j] = place[0]
-                ctrl[:] = actions[j]
-                mujoco.mj_step(model, data, skip)
-                qpos[j], qvel[j], after[j] = position, velocity, place[0]
-                if self.contact:
-                    mujoco.mj_rnePostConstraint(model, data)
-                    forces[j] = force
-
-        self.in_threads(work, rows)
-        return self.observe(qpos, qvel, forces), *self.judge(qpos, qvel, forces, actions, after - before)
-
-    def observe(self, qpos: np.ndarray, qvel: np.ndarray, forces: np.ndarray) -> np.ndarray:
-        """Observations (n, S) from positions (n, nq), velocities (n, nv) and contact forces (n, bodies, 6)."""
-        if self.task in ("Hopper", "Walker2d"):
-            qvel = np.clip(qvel, -10.0, 10.0)
-        parts = [qpos[:, 2:] if self.task == "Ant" else qpos[:, 1:], qvel]
-        if sum(part.shape[1] for part in parts) < self.env.observation_space.shape[0]:  # v5 leaves out the world's
-            clipped = np.clip(forces, *self.rules._contact_force_range)
-            clipped = clipped[:, 0 if self.v4 else 1 :]
-            parts.append(clipped.reshape(len(qpos), clipped.shape[1] * 6))  # -1 fails where no row is left
-        return np.concatenate(parts, axis=1)
-
-    def judge(self, qpos, qvel, forces, actions, dx) -> tuple[np.ndarray, np.ndarray]:
-        """Rewards and terminations (n,) each; dx (n,): distance covered."""
-        rules = self.rules
-        reward = getattr(rules, "_forward_reward_weight", 1.0) * dx / rules.dt
-        cost = rules._ctrl_cost_weight * np.square(actions).sum(axis=1)
-        if self.task == "HalfCheetah":
-            return reward - cost, np.zeros(len(dx), bool)
-        (low, high), height = rules._healthy_z_range, qpos[:, 2 if self.task == "Ant" else 1]
-        if self.task == "Ant":
-            healthy = np.isfinite(qpos).all(1) & np.isfinite(qvel).all(1) & (low <= height) & (height <= high)
-            if self.contact:
-                clipped = np.clip(forces, *rules._contact_force_range)
-                cost = cost + rules._contact_cost_weight * np.square(clipped).sum(axis=(1, 2))
-        else:
-            left, right = rules._healthy_angle_range
-            healthy = (low < height) & (height < high) & (left < qpos[:, 2]) & (qpos[:, 2] < right)
-            if self.task == "Hopper":
-                bottom, top = rules._healthy_state_range
-                state = np.concatenate([qpos[:, 2:], qvel], axis=1)
-                healthy &= ((bottom < state) & (state < top)).all(axis=1)
-        # v4 pays the alive bonus on the terminal step too
-        bonus = rules._healthy_reward * (healthy | (self.v4 and rules._terminate_when_unhealthy))
-        return reward + bonus - cost, ~healthy & rules._terminate_when_unhealthy
+def work(spec, buffer, widths: list[int], pipe) -> None:
+    """A worker's life: one environment, in which it plays the rows that it is sent, until the pipe closes. It answers
+    each time with what went wrong, as text, or with an empty one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's
+    arrays, simulation, rows = shared_arrays(buffer, widths), None, []
+    with contextlib.suppress(EOFError, OSError):  # the main process has ended
+        while True:
+            problem = ""
+            try:
+                simulation = simulation or untimed(spec)
+                simulation.play(rows, *arrays)
+            except Exception as error:  # whatever the task's own code raises
+                problem = f"{type(error).__name__}: {error}"
+            pipe.send(problem)
+            rows = pipe.recv()
 
 
-def make_pool(env: gym.Env, size: int, threads: int) -> SimulatorPool:
-    """The fast way where there is one. Exits with a line if `env` is no MuJoCo environment."""
-    name = env.spec.id
-    if not {"model", "data"} <= vars(simulator_of(env)).keys():
-        die(f"{name} is no MuJoCo environment to reset to a state: use q_guided_grpo_dt.py or ppo_dt_continuous.py.")
-    fast = type(env.unwrapped).__module__.startswith("gymnasium.envs.mujoco") and task_of(name) in LocomotionPool.TASKS
-    return (LocomotionPool if fast else SimulatorPool)(env, size, threads)
+class Simulators:
+    """N simulations of one environment, each a state vector. To step one, a worker process puts its state into an
+    environment of its own, calls `step`, and takes the state that follows. A snapshot is a copy of a row of `states`,
+    a restore an assignment to it. A context manager: leaving it ends the workers.
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Model
-# ---------------------------------------------------------------------------------------------------------------------
-
-ACTION_LIMIT = 1.0 - 1e-6  # [1] ODT's: actions stay inside (-1, 1), where atanh is finite
-LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # [2] state-dependent, squashed into this range
-
-
-class SquashedGaussian:
-    """The distribution of tanh(u) with u ~ N(mean, std^2), independent per dimension. mean, log_std: (..., A)."""
-
-    def __init__(self, mean: torch.Tensor, log_std: torch.Tensor):
-        self.mean, self.log_std = mean, log_std
-
-    def mode(self) -> torch.Tensor:
-        """The deterministic action tanh(mean): the median of the law, not its expectation. Departure (1)."""
-        return torch.tanh(self.mean).clamp(-ACTION_LIMIT, ACTION_LIMIT)  # (..., A)
-
-    def sample(self, noise: torch.Tensor) -> torch.Tensor:
-        """The pre-tanh sample u (..., A) for standard normal `noise`; differentiable. The action is tanh(u)."""
-        return self.mean + self.log_std.exp() * noise
-
-    def log_prob(self, u: torch.Tensor) -> torch.Tensor:
-        """log-density of the action tanh(u), summed over its dimensions: (...)."""
-        normal = -0.5 * ((u - self.mean) * (-self.log_std).exp()) ** 2 - self.log_std - 0.5 * math.log(2 * math.pi)
-        log_slope = 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))  # [3] log d tanh(u)/du, stable for large |u|
-        return (normal - log_slope).sum(-1)
-
-    def entropy(self, noise: torch.Tensor) -> torch.Tensor:
-        """Entropy, estimated by one differentiable sample: (...)."""
-        return -self.log_prob(self.sample(noise))  # [4]
-
-
-class Linear(nn.Linear):
-    """A linear layer whose product runs in `compute_dtype`: in bf16 it uses the matrix units. Weights stay in fp32."""
-
-    compute_dtype = torch.float32
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = self.compute_dtype
-        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
-
-
-class Block(nn.Module):
-    """Pre-LayerNorm transformer block: x += attention(LN x); x += MLP(LN x)."""
-
-    def __init__(self, embed_dim: int, n_heads: int, dropout: float):
-        super().__init__()
-        self.n_heads, self.dropout = n_heads, dropout
-        self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
-        self.query, self.key_value = Linear(embed_dim, embed_dim), Linear(embed_dim, 2 * embed_dim)
-        self.project = Linear(embed_dim, embed_dim)
-        self.up, self.down = Linear(embed_dim, 4 * embed_dim), Linear(4 * embed_dim, embed_dim)
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor, read: slice = slice(None)) -> torch.Tensor:
-        """x (B, L, E), mask (B or 1, 1, L, L) True where a query may look -> the tokens in `read` (B, L', E)."""
-        drop = self.dropout if self.training else 0.0
-        h = self.norm1(x)
-        q = self.query(h[:, read].contiguous())  # (B, L', E); strided, it would round otherwise without gradients
-        k, v = self.key_value(h).chunk(2, dim=-1)  # (B, L, E) each
-        q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, E / heads)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :, read], dropout_p=drop)
-        h = self.project(h.transpose(1, 2).flatten(2))  # (B, L', E)
-        x = x[:, read] + F.dropout(h, drop)
-        return x + F.dropout(self.down(F.silu(self.up(self.norm2(x)))), drop)
-
-
-class DecisionTransformer(nn.Module):
-    """ODT's stochastic Decision Transformer with the paper's Table 5, or Reinformer as a variant of it.
-
-    dt: tokens (g_1, s_1, a_1, ..., g_K, s_K); the action is read from the state token.
-    reinformer: tokens (s_1, g_1, a_1, ..., s_K, g_K); the return is read from the state token, the action from g's.
-    Either way the action is read from a step's second token. Nothing can read the last action token, so there is none.
-    Takes raw observations and raw returns: their mean, std and scale are buffers, saved with the weights.
+    What a task keeps elsewhere (in Python, in model fields beside the live arrays) would be lost on the way, without a
+    word. So the class proves itself when it is made, and exits with a line where a simulation does not go on as the
+    environment itself does. It can't see what has no effect within PROOF_STEPS steps.
     """
 
-    def __init__(self, obs_dim, act_dim, embed_dim=512, n_layers=4, n_heads=4, kind="dt", dropout=0.0):
-        super().__init__()
-        self.kind, self.act_dim, self.dropout = kind, act_dim, dropout
-        self.sizes = dict(obs_dim=obs_dim, act_dim=act_dim, embed_dim=embed_dim, n_layers=n_layers, n_heads=n_heads)
-        self.sizes["kind"] = kind
-        self.embed_return = nn.Linear(1, embed_dim)
-        self.embed_observation = nn.Linear(obs_dim, embed_dim)
-        self.embed_action = nn.Linear(act_dim, embed_dim)
-        self.norm_in = nn.LayerNorm(embed_dim)
-        self.blocks = nn.ModuleList(Block(embed_dim, n_heads, dropout) for _ in range(n_layers))
-        self.norm_out = nn.LayerNorm(embed_dim)
-        self.mean_head, self.log_std_head = nn.Linear(embed_dim, act_dim), nn.Linear(embed_dim, act_dim)
-        self.return_head = nn.Linear(embed_dim, 1) if kind == "reinformer" else None
-        self.register_buffer("obs_mean", torch.zeros(obs_dim))
-        self.register_buffer("obs_std", torch.ones(obs_dim))
-        self.register_buffer("return_scale", torch.ones(()))
-        for layer in (layer for block in self.blocks for layer in block.modules() if isinstance(layer, Linear)):
-            nn.init.normal_(layer.weight, std=0.02)  # [5] GPT-2's; embeddings and return head keep PyTorch's
-            nn.init.zeros_(layer.bias)
-        for head in (self.mean_head, self.log_std_head):
-            nn.init.orthogonal_(head.weight)
-            nn.init.zeros_(head.bias)
+    PROOF_STEPS = 20
 
-    def use_precision(self, dtype: torch.dtype) -> "DecisionTransformer":
-        """Run the matrix products of the blocks in `dtype`."""
-        for layer in self.modules():
-            if isinstance(layer, Linear):
-                layer.compute_dtype = dtype
+    def __init__(self, env: gym.Env, size: int, workers: int):
+        """env: of make_env, which is used for resets. workers: 0 plays in this process."""
+        self.name, self.limit, self.space = env.spec.id, env.spec.max_episode_steps, env.action_space
+        if not {"model", "data"} <= vars(simulator_of(env)).keys():
+            die(f"{self.name} is no MuJoCo environment to reset to: use q_guided_grpo_dt.py or ppo_dt_continuous.py.")
+        self.main, self.seconds = Simulation(env), 0.0
+        # as registered, with the arguments it was made with: this pickles, and a worker need not know the id
+        spec = dataclasses.replace(gym.spec(self.name), kwargs=env.unwrapped.spec.kwargs)
+        self.local = untimed(spec)
+        wrapper = self.local.env
+        while isinstance(wrapper, gym.Wrapper):
+            wrapper = wrapper.env
+            if isinstance(wrapper, gym.wrappers.TimeLimit):
+                die(f"{self.name} sets a TimeLimit of its own: leave that to max_episode_steps in its registration.")
+        widths = [self.main.ends[-1], self.space.shape[0], env.observation_space.shape[0], 2]
+        rows = max(size, 3 * workers, 3)  # 3: the proof's
+        buffer = multiprocessing.get_context("spawn").RawArray("d", rows * sum(widths))
+        self.arrays = shared_arrays(buffer, widths)
+        self.states, self.actions, self.observations, self.results = self.arrays
+        self.pipes, self.processes = [], []
+        if workers:
+            self.hire(workers, spec, buffer, widths)
+        self.prove()
+
+    def hire(self, workers: int, *theirs) -> None:
+        """Start the worker processes; `theirs`: what `work` takes before the pipe."""
+        context = multiprocessing.get_context("spawn")
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: else Ctrl-C meets workers that are starting
+        try:
+            for _ in range(workers):
+                ours, end = context.Pipe()
+                process = context.Process(target=work, args=(*theirs, end), daemon=True)
+                process.start()
+                end.close()  # so that the pipe closes when the worker dies
+                self.pipes.append(ours)
+                self.processes.append(process)
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            die(f"{self.name} cannot be sent to worker processes ({error}): give --workers 0.")
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        self.wait(self.pipes)
+
+    def __enter__(self) -> Simulators:
         return self
 
-    def attention_mask(self, real: torch.Tensor | None, n_tokens: int, device: torch.device) -> torch.Tensor:
-        """Causal, and blind to padded steps: (B or 1, 1, L, L). real (B, K): False where a step is left padding."""
-        causal = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).tril()[None, None]
-        if real is None:
-            return causal
-        visible = real.repeat_interleave(3, dim=1)[:, None, None, :n_tokens]  # (B, 1, 1, L)
-        itself = torch.eye(n_tokens, dtype=torch.bool, device=device)  # [6] else a padded row sees nothing: NaN
-        return (causal & visible) | itself
-
-    def forward(self, observations, returns, actions, real=None) -> tuple[SquashedGaussian, torch.Tensor | None]:
-        """Distribution of each step's action, (B, K, A), and the returns (B, K) that reinformer predicts (dt: None).
-
-        observations (B, K, S) and returns (B, K): raw. actions (B, K - 1, A) in [-1, 1]: those before the last step.
-        real (B, K): False where a step is left padding [None: nowhere].
-        """
-        context, drop = returns.shape[1], self.dropout if self.training else 0.0
-        # [7] No positional or time-step embedding: order is known through the causal mask alone (Appendix B.1).
-        s = self.embed_observation((observations - self.obs_mean) / self.obs_std)  # (B, K, E)
-        g = self.embed_return((returns * self.return_scale)[..., None])  # (B, K, E)
-        slots = [g, s] if self.kind == "dt" else [s, g]
-        if context > 1:  # [8] the slot of the last action is cut off below: nothing could read it
-            slots.append(F.pad(self.embed_action(actions), (0, 0, 0, 1)))
-        x = torch.stack(slots, dim=2).flatten(1, 2)[:, : 3 * context - 1]  # (B, L, E), L = 3 K - 1
-        x = F.dropout(self.norm_in(x), drop)
-        mask = self.attention_mask(real, x.shape[1], x.device)
-        for block in self.blocks[:-1]:
-            x = block(x, mask)
-        # [9] The last block works out only what is read from it. dt: second tokens; reinformer: first and second.
-        if self.kind == "dt":
-            action_tokens = self.norm_out(self.blocks[-1](x, mask, slice(1, None, 3)))  # (B, K, E)
-            predicted_returns = None
-        else:
-            x = self.norm_out(self.blocks[-1](x, mask))
-            state_tokens, action_tokens = x[:, 0::3].contiguous(), x[:, 1::3].contiguous()  # (B, K, E)
-            predicted_returns = self.return_head(state_tokens).squeeze(-1) / self.return_scale  # (B, K), raw
-        spread = torch.tanh(self.log_std_head(action_tokens))
-        log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (spread + 1.0)
-        return SquashedGaussian(self.mean_head(action_tokens), log_std), predicted_returns
-
-    def act(self, observations, returns, actions, real=None) -> tuple[SquashedGaussian, torch.Tensor]:
-        """Distribution of the window's last action, (B, A), and the return-to-go (B,) that it is conditioned on:
-        the given one for dt; reinformer first predicts it, then acts on it. Takes what `forward` takes."""
-        if self.kind == "reinformer":
-            _, predicted = self(observations, returns, actions, real)
-            returns = torch.cat([returns[:, :-1], predicted[:, -1:]], dim=1)
-        dist, _ = self(observations, returns, actions, real)
-        return SquashedGaussian(dist.mean[:, -1], dist.log_std[:, -1]), returns[:, -1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Buffers
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Trajectory(NamedTuple):
-    """A full trajectory of T steps behind K - 1 steps of padding: step h's window is [h, h + K) of the first four."""
-
-    observations: np.ndarray  # (K - 1 + T, S)
-    returns: np.ndarray  # (K - 1 + T,) return-to-go that the action was conditioned on, raw
-    actions: np.ndarray  # (K - 1 + T, A) in [-1, 1]
-    real: np.ndarray  # (K - 1 + T,) False: padding
-    rewards: np.ndarray  # (T,)
-    snapshots: np.ndarray  # (T, D) of the simulator, before each action
-
-
-class SubTrajectories(NamedTuple):
-    """Sub-trajectories of L sampled steps behind the K - 1 steps before them, windows as in Trajectory."""
-
-    observations: torch.Tensor  # (B, K - 1 + L, S)
-    returns: torch.Tensor  # (B, K - 1 + L) raw
-    actions: torch.Tensor  # (B, K - 1 + L, A)
-    real: torch.Tensor  # (B, K - 1 + L) False: padding, or after the sub-trajectory ended
-    u: torch.Tensor  # (B, L, A) pre-tanh samples: the action is tanh(u)
-    new_returns: torch.Tensor  # (B, K - 1 + L) what the new log-probability sees: `returns`, but for --hindsight
-    old_log_prob: torch.Tensor  # (B, L)
-    advantage: torch.Tensor  # (B,)
-
-    def take(self, index: torch.Tensor) -> "SubTrajectories":
-        return SubTrajectories(*(field[index] for field in self))
-
-
-def windows(steps: torch.Tensor, context: int) -> torch.Tensor:
-    """Every window of K consecutive steps: (B, K - 1 + L, ...) -> (B L, K, ...)."""
-    return steps.unfold(1, context, 1).movedim(-1, 2).flatten(0, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Rollouts
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class History:
-    """What B rollouts side by side have seen, step by step, after K - 1 steps of padding: a window is the last K."""
-
-    def __init__(self, batch: int, context: int, obs_dim: int, act_dim: int):
-        padding = context - 1
-        self.context = context
-        self.observations = [np.zeros((batch, obs_dim), np.float32)] * padding
-        self.returns = [np.zeros(batch, np.float32)] * padding  # returns-to-go, raw
-        self.actions = [np.zeros((batch, act_dim), np.float32)] * padding  # in [-1, 1]
-        self.real = [np.zeros(batch, bool)] * padding  # False: padding, or over
-
-    def act(self, policy, rows: np.ndarray, observations: np.ndarray, returns: np.ndarray) -> SquashedGaussian:
-        """One step more, of which `rows` (b,) see their part of observations (B, S) and returns (B,): the distributions
-        (b, A) of their actions. The actions taken are to be written into `actions[-1]`."""
-        self.observations.append(observations.astype(np.float32))
-        self.returns.append(returns.astype(np.float32))
-        self.actions.append(np.zeros((len(returns), policy.act_dim), np.float32))
-        self.real.append(np.isin(np.arange(len(returns)), rows))
-        # [16] few batch sizes, for oneDNN builds a kernel for each: multiples of 32, by repeated rows
-        padded = np.resize(rows, min(len(rows) + -len(rows) % 32, len(returns)))
-        steps = (self.observations, self.returns, self.actions, self.real)
-        seen = [np.stack(each[-self.context :], axis=1)[padded] for each in steps]  # (b, K, ...) each
-        seen[2] = seen[2][:, :-1]  # the last action is yet to be chosen
-        dist, used = policy.act(*(torch.from_numpy(each).to(policy.obs_mean.device) for each in seen))
-        self.returns[-1][rows] = used[: len(rows)].cpu().numpy()  # reinformer: the predicted one stays in the window
-        return SquashedGaussian(dist.mean[: len(rows)], dist.log_std[: len(rows)])
-
-
-def rollout_copy(model: DecisionTransformer) -> DecisionTransformer:
-    """A copy to act with: no dropout, no gradients, and the block weights already in the precision of the products."""
-    policy = copy.deepcopy(model).eval().requires_grad_(False)
-    for layer in policy.modules():
-        if isinstance(layer, Linear):
-            layer.to(layer.compute_dtype)
-    return policy
-
-
-@torch.no_grad()
-def evaluate(
-    model: DecisionTransformer, envs: list[gym.Env], g_start: float, context: int, seeds: list[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One episode in each of `envs`, side by side, with the deterministic action, from return-to-go g_start (raw):
-    returns, lengths and last x-positions [meters; NaN where the environment reports none], (B,) each."""
-    policy, count = rollout_copy(model), len(envs)
-    observations = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])  # (B, S)
-    history, alive = History(count, context, observations.shape[1], policy.act_dim), np.arange(count)
-    returns, lengths, distances = np.zeros(count), np.zeros(count, int), np.full(count, np.nan)
-    while len(alive):
-        dist = history.act(policy, alive, observations, g_start - returns)  # [10] g_{h+1} = g_h - r_h, not clamped
-        history.actions[-1][alive] = dist.mode().cpu().numpy()
-        going = []
-        for i in alive:
-            action = scale_action(history.actions[-1][i], envs[i])
-            observations[i], reward, terminated, truncated, info = envs[i].step(action)
-            returns[i], lengths[i] = returns[i] + reward, lengths[i] + 1
-            distances[i] = info.get("x_position", np.nan)
-            going.append(not (terminated or truncated))
-        alive = alive[going]
-    return returns, lengths, distances
-
-
-@torch.no_grad()
-def collect(policy: DecisionTransformer, envs: list[gym.Env], args: Args, iteration: int) -> list[Trajectory]:
-    """Line 2: one full trajectory in each of `envs`, side by side, with sampled actions, from g_online."""
-    seeds = [stream(args.seed, iteration, f"episode {i}") for i in range(len(envs))]
-    observations = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])  # (B, S)
-    history = History(len(envs), args.c_online, observations.shape[1], policy.act_dim)
-    rng = torch.Generator().manual_seed(stream(args.seed, iteration, "actions of full trajectories"))
-    g, alive = np.full(len(envs), args.g_online), np.arange(len(envs))
-    rewards, snapshots = [[] for _ in envs], [[] for _ in envs]
-    while len(alive):
-        dist = history.act(policy, alive, observations, g)
-        noise = torch.randn(len(envs), policy.act_dim, generator=rng)[alive].to(policy.obs_mean.device)
-        history.actions[-1][alive] = squash(dist.sample(noise)).cpu().numpy()
-        going = []
-        for i in alive:
-            snapshots[i].append(take_snapshot(envs[i]))  # before the action
-            action = scale_action(history.actions[-1][i], envs[i])
-            observations[i], reward, terminated, truncated, _ = envs[i].step(action)
-            rewards[i].append(reward)
-            g[i] -= reward  # [10] not clamped
-            going.append(not (terminated or truncated))
-        alive = alive[going]
-    if any(map(unstable, envs)):
-        die(f"a simulation became unstable in iteration {iteration}: start a new run with another --seed.")
-    seen = recorded(history, max(map(len, rewards)))
-    ends = [args.c_online - 1 + len(each) for each in rewards]
-    return [
-        Trajectory(*(field[i, : ends[i]] for field in seen), np.array(rewards[i]), np.array(snapshots[i]))
-        for i in range(len(envs))
-    ]
-
-
-def recorded(history: History, steps: int) -> list[np.ndarray]:
-    """Observations, returns, actions and flags of the padding and the first `steps` steps: (B, K - 1 + steps, ...)."""
-    fields = (history.observations, history.returns, history.actions, history.real)
-    return [np.stack(field[: history.context - 1 + steps], axis=1) for field in fields]
-
-
-def squash(u: torch.Tensor) -> torch.Tensor:
-    """The action of the pre-tanh sample u, inside ODT's limits."""
-    return torch.tanh(u).clamp(-ACTION_LIMIT, ACTION_LIMIT)
-
-
-@torch.no_grad()
-def action_variance(policy: DecisionTransformer, trajectory: Trajectory, context: int) -> np.ndarray:
-    """sigma_h^2, the mean over dimensions of the policy's variance (before tanh) at each step: (T,). Section 3.2."""
-    seen = [windows(torch.from_numpy(field)[None], context).to(policy.obs_mean.device) for field in trajectory[:4]]
-    seen[2] = seen[2][:, :-1]  # the last action is not known yet
-    steps, variances = np.arange(len(trajectory.rewards)), []
-    for chunk in np.pad(steps, (0, -len(steps) % 256), mode="edge").reshape(-1, 256):  # [16]
-        dist, _ = policy.act(*(field[torch.from_numpy(chunk)] for field in seen))
-        variances.append((2.0 * dist.log_std).exp().mean(-1).cpu().numpy())
-    return np.concatenate(variances)[: len(steps)]
-
-
-def choose_points(
-    policy: DecisionTransformer, replay: list[Trajectory], args: Args, iteration: int
-) -> list[tuple[Trajectory, int]]:
-    """Lines 3 and 5: trajectories in proportion to length, with replacement; steps in each by softmax(sigma_h^2)."""
-    rng = np.random.default_rng(stream(args.seed, iteration, "reset points"))
-    lengths = np.array([len(trajectory.rewards) for trajectory in replay])
-    sources = rng.choice(len(replay), size=args.n_sources, p=lengths / lengths.sum())
-    per_source = args.n_points * (args.group_size if args.mixed_groups else 1)
-    if args.full_trajectories:
-        return [(replay[source], 0) for source in sources for _ in range(per_source)]
-    logits = {source: np.zeros(lengths[source]) for source in sources}  # --random-points
-    if not args.random_points:
-        logits = {source: action_variance(policy, replay[source], args.c_online) for source in set(sources)}
-    points = []
-    for source in sources:
-        # [14] Gumbel top-k draws from the softmax without replacement, whatever the logits; short ones repeat
-        order = np.argsort(-(logits[source] + rng.gumbel(size=lengths[source])))
-        points += [(replay[source], int(h)) for h in np.resize(order[:per_source], per_source)]
-    return points
-
-
-class Groups(NamedTuple):
-    """What the rollout of N sub-trajectories gave, in groups of G consecutive ones."""
-
-    sub: SubTrajectories  # (N, ...) on the device; old_log_prob and advantage still zero
-    scores: np.ndarray  # (N,) discounted reward over L_traj + L_eval steps: r of Eq. 2
-    lengths: np.ndarray  # (N,) steps lived of these
-    env_steps: int
-    seconds: float  # of them in simulation
-
-
-@torch.no_grad()
-def rollout_groups(
-    policy: DecisionTransformer, pool: SimulatorPool, points: list[tuple[Trajectory, int]], args: Args, iteration: int
-) -> Groups:
-    """Line 6: from each point a group of G sub-trajectories, all N = P G side by side. Those that end leave."""
-    members = [point for point in points for _ in range(1 if args.mixed_groups else args.group_size)]
-    if args.mixed_groups:
-        order = np.random.default_rng(stream(args.seed, iteration, "mixed groups")).permutation(len(members))
-        members = [members[i] for i in order]
-    n, before, length, device = len(members), args.c_online - 1, args.l_traj, policy.obs_mean.device
-    begun = pool.seconds
-    pool.restore(np.arange(n), np.stack([source.snapshots[h] for source, h in members]))
-    history = History(n, args.c_online, *pool.env.observation_space.shape, policy.act_dim)
-    for name in ("observations", "returns", "actions", "real"):  # the window goes on across the reset point
-        getattr(history, name)[:] = [np.stack([getattr(t, name)[h + j] for t, h in members]) for j in range(before)]
-    observations = np.stack([source.observations[h + before] for source, h in members])  # (N, S) as recorded
-    g = np.array([source.returns[h + before] for source, h in members], np.float64)
-    # [15] noise for all rows and steps, whoever lives: nothing depends on threads or on who fell
-    rng = torch.Generator().manual_seed(stream(args.seed, iteration, "actions of sub-trajectories"))
-    noise = torch.randn(length, n, policy.act_dim, generator=rng)
-    horizon, limit = length + args.l_eval, pool.env.spec.max_episode_steps
-    last = np.full(n, horizon)  # (N,) steps to play
-    if args.hindsight:  # Fig. 1: to the episode's end, for the returns reached
-        last = np.maximum(horizon, limit - np.array([h for _, h in members]))
-    u, rewards, alive = np.zeros((n, length, policy.act_dim), np.float32), np.zeros((last.max(), n)), np.arange(n)
-    for h in range(last.max()):
-        if h >= length and not len(alive):
-            break
-        dist = history.act(policy, alive, observations, g)
-        sample = dist.sample(noise[h][alive].to(device)) if h < length else dist.mean  # L_eval: the mean action
-        if h < length:
-            u[alive, h] = sample.cpu().numpy()
-        history.actions[-1][alive] = squash(sample).cpu().numpy()
-        actions = scale_action(history.actions[-1][alive], pool.env)
-        observations[alive], rewards[h, alive], terminated = pool.step(alive, actions)
-        g[alive] -= rewards[h, alive]
-        alive = alive[~terminated & (h + 1 < last[alive])]
-    seen = [torch.from_numpy(field).to(device) for field in recorded(history, length)]
-    new_returns = seen[1]
-    if args.hindsight:  # the returns-to-go reached, also those of the K - 1 steps before the reset point
-        earlier = np.stack([np.pad(source.rewards, (before, 0))[h : h + before] for source, h in members], axis=1)
-        inside = np.arange(len(rewards))[:, None] < limit - np.array([h for _, h in members])  # the time limit
-        reached = np.concatenate([earlier, rewards * inside])[::-1].cumsum(0)[::-1][: before + length]
-        new_returns = torch.from_numpy(reached.T.astype(np.float32)).to(device)  # (N, K - 1 + L)
-    zeros = torch.zeros(n, length, device=device)
-    sub = SubTrajectories(*seen, torch.from_numpy(u).to(device), new_returns, zeros, zeros[:, 0])
-    lived = np.array(history.real[before:])  # (steps, N)
-    scores = args.gamma ** np.arange(horizon) @ rewards[:horizon]
-    if pool.unstable() or not np.isfinite(scores).all():
-        die(f"a simulation became unstable in iteration {iteration}: start a new run with another --seed.")
-    return Groups(sub, scores, lived[:horizon].sum(0), int(lived.sum()), pool.seconds - begun)
-
-
-def group_advantages(scores: np.ndarray, group_size: int, delta_r: float) -> tuple[np.ndarray, np.ndarray]:
-    """Eq. 2 and the filter of Appendix B.1: advantages (N,) and which members stay (N,).
-
-    The score relative to its group, in units of the group's standard deviation (population). Members within delta_r of
-    the group's mean leave, and so do groups without spread. The statistics are those of the whole group.
-    """
-    groups = scores.reshape(-1, group_size)  # (P, G)
-    mean, std = groups.mean(1, keepdims=True), groups.std(1, keepdims=True)
-    keep = (np.abs(groups - mean) > delta_r) & (std > 1e-8 + 1e-6 * np.abs(mean))  # more than rounding
-    return ((groups - mean) / (std + 1e-8)).ravel(), keep.ravel()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Loss and update
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al. 2019) as ODT uses it: Adam's direction with both bias corrections, weight decay on every tensor,
-    rescaled to the norm of the tensor it moves. So a step moves each tensor by lr of its norm, unless that is 0."""
-
-    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-4):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0))
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """One step for every parameter that has a gradient, which is used up: its memory holds the direction then."""
-        for group in self.param_groups:
-            group["step"] += 1
-            beta1, beta2 = group["betas"]
-            correction1, root2 = 1.0 - beta1 ** group["step"], (1.0 - beta2 ** group["step"]) ** 0.5
-            for p in (p for p in group["params"] if p.grad is not None):  # [11]
-                if not self.state[p]:
-                    self.state[p] = dict(m=torch.zeros_like(p), v=torch.zeros_like(p))
-                m, v, direction = self.state[p]["m"], self.state[p]["v"], p.grad
-                m.lerp_(p.grad, 1.0 - beta1)
-                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1.0 - beta2)
-                # Adam's: m / correction1 over sqrt(v / correction2) + eps
-                torch.sqrt(v, out=direction).add_(root2 * group["eps"])
-                torch.div(m, direction, out=direction).mul_(root2 / correction1).add_(p, alpha=group["weight_decay"])
-                p_norm, norm = p.norm(), direction.norm()
-                trust = torch.where((p_norm > 0) & (norm > 0), p_norm / norm, 1.0)  # a zero tensor: a plain step
-                p.addcmul_(direction, -group["lr"] * trust)
-
-
-def masked_mean(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Mean over the real tokens: values and real of one shape."""
-    return (values * real).sum() / real.sum()
-
-
-def distribution(model: DecisionTransformer, sub, returns: torch.Tensor) -> SquashedGaussian:
-    """The policy (B, L, A) at each step of `sub`, from the very window that the rollout saw. sub: observations, actions
-    and real, as `returns` (B, K - 1 + L, ...), and u (B, L, A)."""
-    batch, length, _ = sub.u.shape
-    fields = (sub.observations, returns, sub.actions, sub.real)
-    observations, g, actions, real = (windows(field, sub.real.shape[1] - length + 1) for field in fields)
-    dist, _ = model(observations, g, actions[:, :-1], real)  # B L windows of K steps
-    return SquashedGaussian(*(x[:, -1].reshape(batch, length, -1) for x in (dist.mean, dist.log_std)))
-
-
-def importance_ratio(log_ratio: torch.Tensor, real: torch.Tensor, args: Args) -> torch.Tensor:
-    """pi(tau) / pi_old(tau) of each sub-trajectory (B, 1), or of each step (B, L) under --token-ratio."""
-    log_ratio = log_ratio * real
-    if not args.token_ratio:
-        log_ratio = log_ratio.sum(1, keepdim=True)  # a sum over the sub-trajectory, Eq. 3; its mean in Fig. 2e
-        if args.geometric_mean:
-            log_ratio = log_ratio / real.sum(1, keepdim=True)
-    return log_ratio.clamp(-20.0, 20.0).exp()  # departure (2)
-
-
-def grpo_loss(
-    model: DecisionTransformer, reference: DecisionTransformer, sub: SubTrajectories, kappa: torch.Tensor, args: Args
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Minus Eq. 3 and minus the entropy term kappa H; and the values to log."""
-    real = sub.real[:, -sub.u.shape[1] :]  # (B, L)
-    dist = distribution(model, sub, sub.new_returns)
-    ratio = importance_ratio(dist.log_prob(sub.u) - sub.old_log_prob, real, args)  # (B, 1 or L)
-    advantage = sub.advantage[:, None]  # (B, 1)
-    clipped = ratio.clamp(1.0 - args.epsilon, 1.0 + args.epsilon)
-    surrogate = torch.min(ratio * advantage, clipped * advantage)  # Eq. 3
-    weight = real / real.sum(1, keepdim=True) if args.token_ratio else torch.ones_like(ratio)  # Eq. 1's 1/|o|
-    surrogate = (surrogate * weight).sum(1).mean()
-    with torch.no_grad():
-        reference_dist = distribution(reference, sub, sub.new_returns)
-    laws = [torch.distributions.Normal(d.mean, d.log_std.exp(), validate_args=False) for d in (dist, reference_dist)]
-    kl = masked_mean(torch.distributions.kl_divergence(*laws).sum(-1), real)  # before tanh, which changes nothing
-    entropy = masked_mean(dist.entropy(torch.randn_like(dist.mean)), real)
-    loss = -(surrogate - args.beta * kl + kappa * entropy)  # Eq. 3 and the entropy constraint's Lagrangian
-    counted = real if args.token_ratio else torch.ones_like(ratio)
-    values = {"ratio_mean": masked_mean(ratio, counted), "ratio_max": ratio.max(), "kl": kl, "entropy": entropy}
-    return loss, values | {"surrogate": surrogate, "clip_fraction": masked_mean((clipped != ratio).float(), counted)}
-
-
-class GRPOLearner:
-    """Network, reference, optimisers, entropy dual and buffer: all that an iteration's updates change."""
-
-    def __init__(self, model: DecisionTransformer, args: Args):
-        self.model, self.args, self.updates = model.eval(), args, 0  # no dropout in finetuning (Table 5)
-        self.reference = copy.deepcopy(model).requires_grad_(False)
-        self.optimizer = Lamb(model.parameters(), args.lr, weight_decay=args.weight_decay)
-        log_kappa = torch.tensor(math.log(args.kappa_initial), device=model.obs_mean.device)
-        self.log_kappa = log_kappa.requires_grad_()
-        self.dual = torch.optim.Adam([self.log_kappa], lr=args.kappa_lr)
-        self.buffer: SubTrajectories | None = None
-
-    @torch.no_grad()
-    def remember(self, groups: Groups, advantages: np.ndarray, keep: np.ndarray) -> None:
-        """Line 8: the members that stay enter the buffer, the first ones in it leave."""
-        args, index = self.args, np.flatnonzero(keep)
-        if not len(index):
-            print(f"nothing kept: no member is further than Delta_r = {args.delta_r} from its group's mean", flush=True)
-            return
-        for part in np.split(index, range(args.n_batch, len(index), args.n_batch)):
-            new = groups.sub.take(torch.from_numpy(part).to(groups.sub.u.device))
-            new.advantage.copy_(torch.from_numpy(advantages[part]))
-            # departure (5): by the update's own forward, so that before the first step the ratio is 1
-            new.old_log_prob.copy_(distribution(self.model, new, new.returns).log_prob(new.u))
-            fields = zip(self.buffer, new) if self.buffer else zip(new)
-            self.buffer = SubTrajectories(*(torch.cat(field)[-args.buffer_size :] for field in fields))
-
-    def update(self, iteration: int) -> dict[str, float]:
-        """Line 9: minibatches drawn uniformly from the buffer, a gradient step each; means of the values to log."""
-        if not self.buffer:
-            return {}
-        args, logged = self.args, []
-        rng = np.random.default_rng(stream(args.seed, iteration, "minibatches"))
-        torch.manual_seed(stream(args.seed, iteration, "entropy"))
-        for _ in range(args.n_minibatches):
-            if self.updates % args.reference_every == 0:
-                self.reference.load_state_dict(self.model.state_dict())
-            index = torch.from_numpy(rng.integers(len(self.buffer.u), size=args.n_batch)).to(self.buffer.u.device)
-            kappa = self.log_kappa.exp()
-            loss, values = grpo_loss(self.model, self.reference, self.buffer.take(index), kappa.detach(), args)
-            self.optimizer.zero_grad()
-            loss.backward()
-            values["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
-            self.optimizer.step()
-            # [12] The dual of H >= rho, rho = -dim A: min over kappa >= 0 of kappa (H - rho)
-            self.dual.zero_grad()
-            (kappa * (values["entropy"].detach() + self.model.act_dim)).backward()
-            self.dual.step()
-            self.updates += 1
-            values |= {"loss": loss, "kappa": kappa}
-            logged.append(torch.stack([values[name].detach() for name in LOSSES]))
-        table = torch.stack(logged).cpu()  # the only wait for the device
-        losses = dict(zip(LOSSES, table.mean(0).tolist()))
-        losses["ratio_max"] = table[:, LOSSES.index("ratio_max")].max().item()
-        losses["ratio_first"] = table[0, LOSSES.index("ratio_mean")].item()
-        if not all(map(math.isfinite, losses.values())):
-            die(f"the loss is not finite in iteration {iteration} ({losses}): lower --lr; the last checkpoint is kept.")
-        return {f"losses/{name}": value for name, value in losses.items()}
-
-    def size(self) -> int:
-        """Sub-trajectories in the buffer."""
-        return len(self.buffer.u) if self.buffer else 0
-
-    def state(self) -> dict:
-        """What, beside the weights, a resumed run needs."""
-        parts = {"optimizer": self.optimizer.state_dict(), "dual": self.dual.state_dict(), "updates": self.updates}
-        parts |= {"log_kappa": self.log_kappa.detach(), "reference": self.reference.state_dict()}
-        return parts | {"buffer": list(self.buffer) if self.buffer is not None else None}
-
-    def load_state(self, state: dict) -> None:
-        """Go on from what `state` gave; the weights are in the model already."""
-        self.updates = state["updates"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.dual.load_state_dict(state["dual"])
-        self.log_kappa.data.copy_(state["log_kappa"])
-        self.reference.load_state_dict(state["reference"])
-        device = self.log_kappa.device
-        self.buffer = SubTrajectories(*(f.to(device) for f in state["buffer"])) if state["buffer"] else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. The run
-# ---------------------------------------------------------------------------------------------------------------------
-
-EVALUATION = ("eval/return_mean", "eval/return_std", "eval/length_mean", "eval/distance_mean", "eval/normalized_score")
-LOSSES = ("loss", "surrogate", "ratio_mean", "ratio_max", "clip_fraction", "kl", "entropy", "kappa", "grad_norm")
-METRICS = ["iteration", "charts/env_steps", "charts/SPS", "charts/gradient_updates", "charts/buffer"]
-METRICS += ["charts/env_steps_full", "charts/env_steps_sub", "charts/env_steps_eval", *EVALUATION]
-METRICS += ["rollout/return", "rollout/length", "rollout/sub_score", "rollout/group_std", "rollout/kept"]
-METRICS += ["rollout/ended_early", *(f"losses/{name}" for name in (*LOSSES, "ratio_first"))]
-METRICS += ["time/iteration", "time/collect", "time/simulate", "time/infer", "time/update", "time/eval"]
-CONSOLE = ("eval/return_mean", "rollout/return", "rollout/kept", "losses/ratio_first", "losses/ratio_max")
-CONSOLE += ("losses/clip_fraction", "losses/entropy", "charts/SPS")
+    def __exit__(self, *_) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(2)
+            process.kill()
+
+    def reset(self, seeds: np.ndarray) -> np.ndarray:
+        """A new episode from each of `seeds` (n,) in the first n simulations: observations (n, S)."""
+        for i, seed in enumerate(seeds):
+            self.observations[i] = self.main.reset(int(seed))
+            self.main.take(self.states[i])
+        return self.observations[: len(seeds)].copy()
+
+    def step(self, rows: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Step simulations `rows` (n,) by actions (n, A) in [-1, 1]: observations (n, S), and rewards, terminated,
+        truncated (n,) each. It never truncates."""
+        begun = time.perf_counter()
+        self.actions[rows] = scale_action(actions, self.space)
+        busy = self.pipes[: len(rows)]
+        if not self.pipes:
+            self.local.play(rows, *self.arrays)
+        with contextlib.suppress(OSError):  # of a worker that died: so says `wait`
+            for i, pipe in enumerate(busy):
+                pipe.send(rows[i :: len(self.pipes)])  # dealt round robin: those who fall leave all evenly loaded
+        self.wait(busy)
+        rewards, terminated = self.results[rows].T
+        if not np.isfinite(rewards).all():
+            die("a simulation became unstable, its rewards are not finite: start a new run with another --seed.")
+        self.seconds += time.perf_counter() - begun
+        return self.observations[rows], rewards, terminated > 0, np.zeros(len(rows), bool)
+
+    def wait(self, pipes: list) -> None:
+        """Until these workers have answered."""
+        try:
+            problems = [problem for problem in [pipe.recv() for pipe in pipes] if problem]
+        except (EOFError, OSError):
+            die(
+                "a worker process died (killed, out of memory?): go on with --resume. In a script of your own put what "
+                'runs behind `if __name__ == "__main__":`, or give --workers 0.'
+            )
+        if problems:
+            die(f"{self.name} raised {problems[0]} (--workers 0 shows where).")
+
+    def prove(self) -> None:
+        """Three episodes of the environment itself, and the same by every worker, which plays them in turns."""
+        rng, copies, worst = np.random.default_rng(0), max(1, len(self.pipes)), 0.0
+        episodes = [self.record(seed, rng) for seed in (1, 2, 3)]
+        for i, (state, _) in enumerate(episodes):
+            self.states[i * copies : (i + 1) * copies] = state
+        for t in range(self.PROOF_STEPS):
+            going = [(i, steps[t]) for i, (_, steps) in enumerate(episodes) if t < len(steps)]
+            for i, (action, expected) in going:
+                found = self.step(np.arange(copies) + i * copies, np.tile(action, (copies, 1)))[:3]
+                for x, y in zip(found, expected):
+                    difference = np.abs(x - np.float64(y)) / (1.0 + np.abs(y))
+                    worst = np.maximum(worst, difference.max())  # keeps NaN
+        if not worst <= 1e-9:
+            die(
+                f"{self.name} keeps part of its state where a snapshot does not reach: restored, it differs by "
+                f"{worst:.2g}. Add that to live_arrays, or use q_guided_grpo_dt.py or ppo_dt_continuous.py."
+            )
+
+    def record(self, seed: int, rng: np.random.Generator) -> tuple[np.ndarray, list]:
+        """A state five steps into an episode of random actions, or near its end; from there on the actions, in [-1, 1],
+        and for each what the environment itself gave: observation, reward, terminated."""
+        self.main.reset(seed)
+        states, steps, ended = [], [], False
+        while not ended and len(steps) < 5 + self.PROOF_STEPS:
+            states.append(np.empty(self.states.shape[1]))
+            self.main.take(states[-1])
+            action = rng.uniform(-1.0, 1.0, self.space.shape).astype(np.float32)
+            *outcome, truncated, _ = self.main.env.step(scale_action(action, self.space))
+            steps.append((action, outcome))
+            ended = outcome[-1] or truncated
+        start = min(5, len(steps) - 1)
+        return states[start], steps[start:]
+
+
+# ---- 8. Run folder --------------------------------------------------------------------------------------------------
 
 
 def die(message: str) -> NoReturn:
     """End with one line on stderr and exit code 1."""
     raise SystemExit("error: " + re.sub(r"\s*\n\s*", " ", message))
-
-
-def stream(seed: int, iteration: int, purpose: str) -> int:
-    """The seed of one random stream: the same for the same (seed, iteration, purpose), so nothing needs saving."""
-    sequence = np.random.SeedSequence([seed, iteration, zlib.crc32(purpose.encode())])
-    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))  # 63 bits: what torch takes
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -1104,9 +1081,8 @@ def write_file(path: Path, content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
-    except OSError as error:
+    finally:
         temporary.unlink(missing_ok=True)
-        die(f"cannot write {path}: {error.strerror}; what stood there before is kept. Make room, then go on.")
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -1116,204 +1092,204 @@ def save_checkpoint(path: Path, content: dict) -> None:
     write_file(path, buffer.getvalue())
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint of any script here, on the CPU. Exits with a line if it is missing, damaged or foreign."""
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         die(f"checkpoint {path} not found: give the folder of a run, or the checkpoint.pt in it.")
     try:
+        if zipfile.ZipFile(path).testzip():  # checksums, which torch does not look at
+            raise ValueError
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not {"script", "iteration", "sizes", "weights", "args", "env_id", "env_kwargs", "g_eval"} <= content.keys():
-            raise KeyError
-    except Exception:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError and more
+            raise ValueError
+    except Exception:  # zipfile and torch raise BadZipFile, RuntimeError, UnpicklingError, KeyError and more
         die(f"{path} is damaged, or no checkpoint of these scripts: take another.")
     return content
 
 
-def load_model(content: dict, dropout: float = 0.0) -> DecisionTransformer:
-    """The network of a checkpoint, with the statistics of its observations and the scale of its returns."""
+def set_up_torch(args: Args) -> torch.device:
+    """The device, and how many threads torch takes. Fills in the numbers of threads and workers in use."""
+    args.threads = args.threads or torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    if args.workers is None:
+        args.workers = args.threads if args.threads > 1 else 0
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+
+def load_model(content: dict, device: torch.device, bf16: bool) -> DecisionTransformer:
+    """The network of a checkpoint. bf16: its matrix products in that precision, where the device has units for it."""
+    kind = content["sizes"].get("kind", "dt")
+    if kind != DecisionTransformer.kind:
+        program = Path(__file__).name if kind == "dt" else f"benchmark/{kind}.py"
+        die(f"the checkpoint holds a {kind}: {program} finetunes it.")
     try:
-        model = DecisionTransformer(**content["sizes"], dropout=dropout)
+        model = DecisionTransformer(**content["sizes"])
         model.load_state_dict(content["weights"])
     except (TypeError, RuntimeError):
         die(f"the checkpoint's weights do not fit its sizes {content['sizes']}: take another.")
-    return model
+    model.bf16 = bf16 and has_bf16(device)
+    return model.to(device)
 
 
-def set_up_torch(args) -> tuple[torch.device, torch.dtype]:
-    """Threads, the device of --device, and bf16 for matrix products if --bf16 and the device has units for it."""
-    args.threads = args.threads or torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        die("--device cuda, but torch sees no GPU: use --device cpu, or install a CUDA build of torch.")
-    if args.device != "cpu" and torch.cuda.is_available():
-        device, units = torch.device("cuda"), torch.cuda.get_device_capability()[0] >= 8
-    else:
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        device, units = torch.device("cpu"), any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
-    return device, torch.bfloat16 if args.bf16 and units else torch.float32
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device has units for bf16 matrix products."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability()[0] >= 8
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
-def parse_args(arguments: list[str] | None = None) -> Args:
-    """The command line. With --resume or --eval-only, the checkpoint's arguments are the defaults."""
-    args = tyro.cli(Args, args=arguments)
-    if args.resume and args.eval_only:
-        die("--resume goes on with a run, --eval-only only evaluates: give one of them.")
-    path = args.resume or args.eval_only
-    if path is None:
-        return args
-    content, known = load_checkpoint(Path(path)), {field.name for field in dataclasses.fields(Args)}
-    if args.resume and content["script"] != Path(__file__).stem:
-        die(f"{path} is a run of {content['script']}.py: resume it with that script.")
-    saved = Args(**{name: value for name, value in content["args"].items() if name in known})
-    if args.eval_only:
-        saved = dataclasses.replace(saved, g_eval=content["g_eval"], device="auto", capture_video=False)
-    args = tyro.cli(Args, args=arguments, default=saved)
-    fixed = {"env_id"} if args.eval_only else known - {"updates", "iterations", "device", "track", "resume"}
-    for name in sorted(fixed):
-        old, new, flag = getattr(saved, name), getattr(args, name), "--" + name.replace("_", "-")
-        if old != new:
-            die(f"{path} was made with {flag} {old}, not {new}: leave {flag} out, or start a run of its own.")
-    return args
+def run_facts(base: dict, args: Args) -> dict:
+    """What every checkpoint of a run says beside weights and state: plain types, for whoever resumes or evaluates."""
+    facts = {key: base[key] for key in ("sizes", "env_id", "env_kwargs", "dataset", "dataset_best_return")}
+    facts |= dict(script=Path(__file__).stem, dataset_kind=args.dataset_kind, args=vars(args) | {"resume": None})
+    return facts | dict(g_eval=args.g_online, c_online=args.c_online)
 
 
-MAY_BE_ZERO = (
-    "seed dropout weight_decay kappa_lr return_loss_weight beta delta_r l_eval gae_lambda value_warmup critic_warmup "
-    "target_noise"
-)
-MAY_BE_NEGATIVE = "g_eval g_online"
+def rollout_metrics(trajectories: list[Trajectory], steps: Steps, scores, keep, args: Args) -> dict[str, float]:
+    """The columns rollout/ of metrics.csv."""
+    returns = [trajectory.rewards.sum() for trajectory in trajectories]
+    lengths = [len(trajectory.rewards) for trajectory in trajectories]
+    lived = steps.real[:, args.c_online - 1 :].sum(1)  # (N,)
+    return {
+        "rollout/return": np.mean(returns).item(),
+        "rollout/length": np.mean(lengths).item(),
+        "rollout/sub_score": scores.mean().item(),
+        "rollout/group_std": scores.reshape(-1, args.group_size).std(1).mean().item(),
+        "rollout/kept": keep.mean().item(),
+        "rollout/ended_early": (lived < args.l_traj + args.l_eval).mean().item(),
+        "rollout/env_steps": int(lived.sum()) + sum(lengths),
+    }
 
 
-def check_args(args) -> None:
-    """Exits with a line on values that cannot work, before anything is written."""
-    for name, value in vars(args).items():
-        flag = "--" + name.replace("_", "-")
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and not math.isfinite(value):
-            die(f"{flag} is {value}: give a finite number.")
-        zero, negative = name in MAY_BE_ZERO.split(), name in MAY_BE_NEGATIVE.split()
-        if number and not (value > 0 or negative or (value == 0 and zero)):
-            die(f"{flag} is {value}: give one above 0.")
-        if name in ("dropout", "expectile") and value >= 1.0:
-            die(f"{flag} is {value}: give a number below 1.")
-        package = {"track": "wandb", "capture_video": "moviepy"}.get(name)
-        if package and value and importlib.util.find_spec(package) is None:
-            die(f"{flag} needs {package}: pip install {package}.")
+def time_metrics(clock: list[float], simulated: float) -> dict[str, float]:
+    """Seconds of the parts of an iteration, the columns time/ of metrics.csv."""
+    collected, rolled, updated = np.diff(clock).tolist()
+    parts = {"time/collect": collected, "time/simulate": simulated, "time/infer": rolled - simulated}
+    return parts | {"time/update": updated, "time/iteration": time.perf_counter() - clock[0]}
 
 
-class RunLog:
-    """metrics.csv and TensorBoard under the same names, args.json beside them, wandb behind --track."""
+class Log:
+    """metrics.csv and TensorBoard under the same names, args.json beside them, wandb behind --track, and a line an
+    iteration on the console. A context manager; the run's folder belongs to it alone."""
 
-    def __init__(self, run_dir: Path, columns: list[str], args, saved: dict | None = None):
-        """saved: the checkpoint that a resumed run goes on from; what was written after it is cut off."""
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.csv"
-        lines = path.read_text().splitlines(keepends=True)[: 1 + saved["rows"]] if saved else [",".join(columns) + "\n"]
-        if lines[0].strip() != ",".join(columns):
-            die(f"{path} has other columns than this version writes: start a new run from its checkpoint.")
-        write_file(path, "".join(lines).encode())
+    def __init__(self, run_dir: Path, args: Args, rows: list[dict]):
+        """rows: those of a run that goes on. All is written anew, so what came after its checkpoint is gone."""
+        self.lock = claim(run_dir, args)
+        self.iterations, self.path, self.rows = args.iterations, run_dir / "metrics.csv", rows
+        self.begun, self.before = time.time(), len(rows)
         packages = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "minari")
-        versions = {name: importlib.metadata.version(name) for name in packages}
+        installed = {each.name: each.version for each in importlib.metadata.distributions()}
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-        content = json.dumps({"args": vars(args), "versions": versions, "commit": commit}, indent=2)
-        write_file(run_dir / "args.json", content.encode())
+        facts = dict(script=Path(__file__).name, command=sys.argv, args=vars(args), commit=commit)
+        facts["versions"] = {name: installed[name] for name in packages if name in installed}
+        write_file(run_dir / "args.json", json.dumps(facts, indent=2).encode())
         if args.track:
             import wandb
 
             wandb.init(project="online-dt-rl", name=run_dir.name, config=vars(args), sync_tensorboard=True)
         from torch.utils.tensorboard import SummaryWriter
 
-        self.rows, self.file = len(lines) - 1, open(path, "a", newline="")
-        self.table = csv.DictWriter(self.file, columns, lineterminator="\n")
+        threading.excepthook = lambda failure: None  # of TensorBoard's thread: the next write raises its error again
         self.writer = SummaryWriter(str(run_dir), purge_step=0)
-        for row in csv.DictReader(lines):  # what is kept, anew: events of a killed process may be lost
-            for name in (name for name in columns[1:] if row[name]):
-                self.writer.add_scalar(name, float(row[name]), int(row["iteration"]))
+        for row in rows:
+            self.show(row)
+        self.write()
 
-    def write(self, iteration: int, values: dict[str, float]) -> None:
-        """A row; names that are not in `values`, and values that are NaN, stay empty."""
-        values = {name: value for name, value in values.items() if not math.isnan(value)}
-        self.table.writerow({"iteration": iteration} | values)
-        self.file.flush()
-        self.rows += 1
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, iteration)
+    def __enter__(self) -> Log:
+        return self
 
-    def close(self) -> None:
-        self.file.close()
+    def __exit__(self, *_) -> None:
         self.writer.flush()  # raises what TensorBoard's thread met; close() would not
         self.writer.close()
+        self.lock.close()
+
+    def add(self, row: dict[str, float]) -> None:
+        """A row, without values that are NaN."""
+        row = {name: value for name, value in row.items() if not math.isnan(value)}
+        self.rows.append(row)
+        self.show(row)
+        self.write()
+        seconds = (time.time() - self.begun) / (len(self.rows) - self.before)
+        print(console_line(row, self.iterations, seconds), flush=True)
+
+    def write(self) -> None:
+        """metrics.csv, whole; its columns are the names of all rows so far."""
+        file = io.StringIO()
+        table = csv.DictWriter(file, dict.fromkeys(name for each in self.rows for name in each), lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.rows)
+        write_file(self.path, file.getvalue().encode())
+
+    def show(self, row: dict[str, float]) -> None:
+        """In TensorBoard."""
+        for name, value in row.items():
+            self.writer.add_scalar(name, value, row["iteration"])
 
 
-def choose_run_dir(args) -> Path:
+def console_line(row: dict[str, float], iterations: int, seconds: float) -> str:
+    """A row in under 100 characters; seconds: what an iteration takes."""
+    parts = [f"{row['iteration']:>4}/{iterations}"]
+    if "eval/return_mean" in row:
+        score = f" ({row['eval/normalized_score']:.1f})" if "eval/normalized_score" in row else ""
+        parts.append(f"eval {row['eval/return_mean']:,.0f}{score}")
+    if "rollout/return" in row:
+        parts.append(f"return {row['rollout/return']:,.0f}  kept {row['rollout/kept']:.2f}")
+    if "losses/loss" in row:
+        parts.append(f"ratio {row['losses/ratio_first']:.2f} max {row['losses/ratio_max']:.1f}")
+        parts.append(f"clip {row['losses/clip_fraction']:.2f}  H {row['losses/entropy']:.2f}")
+    if row["iteration"]:
+        minutes = round((iterations - row["iteration"]) * seconds / 60)
+        parts.append(f"{minutes // 60}:{minutes % 60:02} left")
+    return "  ".join(parts)
+
+
+def choose_run_dir(args: Args) -> Path:
     """The folder of this run, yet to be made. Exits with a line rather than mix two runs in one folder."""
-    name = f"{args.env_id}__{Path(__file__).stem}__{args.dataset_kind}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '_')}")
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.dataset_kind}__{args.seed}__{int(time.time())}-{os.getpid()}"
+    run_dir = Path(args.resume or args.run_dir or f"runs/{re.sub('[/:]', '_', name)}")
     run_dir = run_dir.parent if run_dir.is_file() else run_dir  # --resume RUN_DIR/checkpoint.pt
     if not args.resume and (run_dir / "checkpoint.pt").exists():
         die(f"{run_dir} holds a run already: go on with --resume {run_dir}, or choose another --run-dir.")
     return run_dir
 
 
-def make_eval_envs(args, env_kwargs: dict, video_dir: Path) -> list[gym.Env]:
-    """One environment per evaluation episode; the first one films itself if --capture-video."""
-    modes = ["rgb_array" if args.capture_video else None, *[None] * (args.eval_episodes - 1)]
-    envs = [make_env(args.env_id, env_kwargs, mode) for mode in modes]
-    if args.capture_video:
+def claim(run_dir: Path, args: Args):
+    """Make the folder and hold it for this process, until that ends, however it ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = open(run_dir / ".lock", "w")
+    with contextlib.suppress(ImportError):  # Windows has no fcntl
+        import fcntl
+
         try:
-            envs[0].reset()
-            envs[0].render()
-            envs[0] = gym.wrappers.RecordVideo(envs[0], str(video_dir), episode_trigger=lambda episode: True)
-        except Exception as error:  # moviepy missing, no GL library, no display: each raises its own
-            die(f"cannot film {args.env_id}: {error}. It needs moviepy and a GL library (MUJOCO_GL=egl).")
-    return envs
-
-
-def run_evaluation(args, model: DecisionTransformer, envs: list[gym.Env], iteration: int) -> dict[str, float]:
-    """Evaluate, print the outcome and return the eval/ columns of metrics.csv. The same (seed, iteration) plays the
-    same episodes, so a saved model scores what it scored in memory."""
-    begun, seeds = time.time(), [stream(args.seed, iteration, f"evaluation {i}") for i in range(len(envs))]
-    returns, lengths, distances = evaluate(model, envs, args.g_eval, args.c_online, seeds)
-    values = (returns.mean(), returns.std(), lengths.mean(), distances.mean())
-    row = dict(zip(EVALUATION, map(float, (*values, normalized_score(args.env_id, values[0])))))
-    shown = [f"{name.removeprefix('eval/')} {value:,.1f}" for name, value in row.items() if not math.isnan(value)]
-    print(f"evaluation: {', '.join(shown)} ({len(envs)} episodes, g = {args.g_eval:,.0f})", flush=True)
-    return row | {"time/eval": time.time() - begun}
-
-
-def eval_only(args) -> None:
-    """Evaluate the checkpoint --eval-only; nothing is written but the film."""
-    check_args(args)
-    content, (device, dtype) = load_checkpoint(Path(args.eval_only)), set_up_torch(args)
-    model, folder = load_model(content).use_precision(dtype).to(device), Path(args.eval_only)
-    envs = make_eval_envs(args, content["env_kwargs"], (folder if folder.is_dir() else folder.parent) / "videos")
-    run_evaluation(args, model, envs, content["iteration"])
-    for env in envs:
-        env.close()
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            die(f"another process is at work in {run_dir}: wait for it, or choose another --run-dir.")
+    choose_run_dir(dataclasses.replace(args, run_dir=str(run_dir)))  # a run may have ended there since the first look
+    return lock
 
 
 def pretrained_on_random(args: Args) -> Path:
-    """The checkpoint that is used where --pretrained is left out: pretrain_dt.py, run once on random data of this
+    """The run folder that is used where --pretrained is left out: pretrain_dt.py, run once on random data of this
     environment for this width, kept under runs/pretrained: minutes on two cores at any width."""
-    key = row_of(args.env_id, args.dataset_kind or "random")
-    context = args.c_online or (ROWS[key][COLUMNS.index("c_online")] if key else 1)
-    updates = 900  # [17]
-    name = f"{args.env_id.replace('/', '_')}__{args.embed_dim}__c{context}__u{updates}__{args.seed}"
-    target = Path(f"runs/pretrained/{name}")
-    print(f"no --pretrained given: taking {target}, pretrained on random data", flush=True)
-    if (target / "checkpoint.pt").exists():
-        return target
-    own = target.with_name(f"{target.name}.{os.getpid()}")  # parallel runs make their own, the first one stays
-    flags = dict(env_id=args.env_id, embed_dim=args.embed_dim, seed=args.seed, device=args.device, run_dir=own)
+    context = args.c_online or paper_row(args.env_id, args.dataset_kind or "random")[1]["c_online"]
     # a context of c_online and small minibatches at a large rate: quick, and groups whose members differ
-    flags |= dict(c_offline=context, c_online=context, batch_size=max(1, 128 // (3 * context - 1)))
-    flags |= dict(updates=updates, lr=1e-3, dataset_steps=30_000)
+    flags = dict(updates=900, batch_size=max(1, 128 // (3 * context - 1)), lr=1e-3, dataset_steps=30_000)
+    name = f"{re.sub('[/:]', '_', args.env_id)}__{args.embed_dim}__c{context}__u{flags['updates']}__{args.seed}"
+    target = Path(f"runs/pretrained/{name}")
+    if (target / "checkpoint.pt").exists():
+        print(f"no --pretrained given: taking {target}, pretrained on random data", flush=True)
+        return target
+    print(f"no --pretrained given: pretraining on random data, to be kept as {target}", flush=True)
+    own = target.with_name(f"{target.name}.{os.getpid()}")  # parallel runs make their own, the first one stays
+    flags |= dict(env_id=args.env_id, embed_dim=args.embed_dim, seed=args.seed, run_dir=own)
+    flags |= dict(c_offline=context, c_online=context, device="auto" if args.cuda else "cpu")
     flags |= {"threads": args.threads} if args.threads else {}
     command = [sys.executable, str(Path(__file__).with_name("pretrain_dt.py")), "--bf16" if args.bf16 else "--no-bf16"]
     command += [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    if subprocess.run(command, env=environment).returncode:
+    if subprocess.run(command).returncode:
         die("pretraining on random data failed, see above: mend it, or give --pretrained.")
     try:
         own.rename(target)
@@ -1322,133 +1298,92 @@ def pretrained_on_random(args: Args) -> Path:
     return target
 
 
-def start(args: Args) -> tuple[dict, dict | None]:
-    """The checkpoint to begin with, and the same once more if it is a run that goes on. Fills `args` from the table."""
+def start(args: Args) -> dict:
+    """The checkpoint to begin with, or to go on from. Fills `args` from the paper's row."""
     check_args(args)
     choose_run_dir(args)  # an occupied one is refused before minutes of pretraining
-    saved = load_checkpoint(Path(args.resume)) if args.resume else None
-    base = saved or load_checkpoint(Path(args.pretrained or pretrained_on_random(args)))
+    path = args.resume or args.pretrained
+    if not path:
+        with Simulators(make_env(args.env_id, {}), 1, 0):  # and so is a task that can't be reset to a state
+            path = pretrained_on_random(args)
+    base = load_checkpoint(path)
     if base["env_id"] != args.env_id:
-        die(f"{args.pretrained} was pretrained in {base['env_id']}, not in {args.env_id}: give the one or the other.")
+        die(f"{path} was pretrained in {base['env_id']}, not in {args.env_id}: give the one or the other.")
+    if args.resume and base["iteration"] > args.iterations:
+        die(f"{path} is at iteration {base['iteration']}: give --iterations {base['iteration']} or more.")
     args.embed_dim = base["sizes"]["embed_dim"]
-    line = fill_from_table(args, base["dataset_kind"], base["dataset_best_return"])
-    if saved and saved["iteration"] > args.iterations:
-        die(f"{args.resume} is at iteration {saved['iteration']}: give --iterations {saved['iteration']} or more.")
-    print(line, flush=True)
-    return base, saved
+    fill_from_table(args, base["dataset_kind"], base["dataset_best_return"])
+    return base
 
 
-def run_facts(base: dict, args: Args, dtype: torch.dtype) -> dict:
-    """What every checkpoint of a run says beside weights and state: plain types, for whoever resumes or evaluates."""
-    facts = {key: base[key] for key in ("sizes", "env_id", "env_kwargs", "dataset", "dataset_best_return")}
-    facts |= dict(script=Path(__file__).stem, dataset_kind=args.dataset_kind, precision=str(dtype))
-    return facts | dict(g_eval=args.g_eval, c_online=args.c_online, args=vars(args) | {"resume": None})
+def eval_only(args: Args) -> None:
+    """Evaluate the checkpoint --eval-only; nothing is written but the film."""
+    check_args(args)
+    content, folder = load_checkpoint(args.eval_only), Path(args.eval_only)
+    model, env = load_model(content, set_up_torch(args), args.bf16), make_env(args.env_id, content["env_kwargs"])
+    film_to = (folder.parent if folder.is_file() else folder) / "videos" if args.capture_video else None
+    with Simulators(env, args.eval_episodes, args.workers) as sims:
+        row = evaluate(model, sims, args, content["iteration"], film_to)
+    shown = [f"{name[5:]} {value:,.1f}" for name, value in row.items() if name[:5] == "eval/" and value == value]
+    print(f"evaluation: {', '.join(shown)} ({args.eval_episodes} episodes, g = {args.g_online:,.0f})", flush=True)
 
 
-def check_flags(args: Args) -> None:
-    """Exits with a line on flags that do not go together or with the environment; fills in --full-trajectories."""
-    exclusive = [("full_trajectories", "mixed_groups"), ("full_trajectories", "random_points")]
-    for one, other in [*exclusive, ("token_ratio", "geometric_mean")]:
-        if getattr(args, one) and getattr(args, other):
-            die(f"--{one} and --{other} exclude each other: give one.".replace("_", "-"))
+MAY_BE_ZERO = ("seed", "l_eval", "delta_r", "beta", "weight_decay", "kappa_lr", "workers")
+
+
+def check_args(args: Args) -> None:
+    """Exits with a line on values that cannot work, before anything is written."""
+    for name, value in vars(args).items():
+        if type(value) in (int, float):
+            fits = value > 0 or (value == 0 and name in MAY_BE_ZERO) or name == "g_online"
+            if not (fits and math.isfinite(value)):
+                least = "" if name == "g_online" else ", 0 or more" if name in MAY_BE_ZERO else " above 0"
+                die(f"--{name.replace('_', '-')} is {value}: give a finite number{least}.")
     if args.group_size < 2:
         die(f"--group-size is {args.group_size}: an advantage is relative to a group, give 2 or more.")
-    if args.resume:
-        return
-    env = make_env(args.env_id)
-    make_pool(env, 1, 1)  # what can't be reset is refused before minutes of pretraining
-    if args.full_trajectories:
-        if (args.l_traj, args.l_eval) != (None, None):
-            die("--full-trajectories sets L_traj and L_eval: leave --l-traj and --l-eval out.")
-        args.l_traj, args.l_eval = env.spec.max_episode_steps, 0
-    env.close()
+    saved = args.resume or args.eval_only
+    if args.full_trajectories and (args.mixed_groups or args.random_points):
+        die("--full-trajectories starts at first states: leave out --mixed-groups and --random-points.")
+    if args.full_trajectories and not saved and (args.l_traj, args.l_eval) != (None, None):
+        die("--full-trajectories plays to the time limit: leave out --l-traj and --l-eval.")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        die("--track needs wandb: pip install wandb.")
 
 
-def row_of_iteration(
-    episodes: list[Trajectory], groups: Groups, keep: np.ndarray, steps: dict[str, int], clock: list[float], args: Args
-) -> dict[str, float]:
-    """The rollout/ columns of metrics.csv, environment steps and times; adds this iteration's steps to `steps`."""
-    steps["full"] += sum(len(episode.rewards) for episode in episodes)
-    steps["sub"] += groups.env_steps
-    collected, rolled, updated = np.diff(clock).tolist()
-    return {
-        "rollout/return": np.mean([episode.rewards.sum() for episode in episodes]).item(),
-        "rollout/length": np.mean([len(episode.rewards) for episode in episodes]).item(),
-        "rollout/sub_score": groups.scores.mean().item(),
-        "rollout/group_std": groups.scores.reshape(-1, args.group_size).std(1).mean().item(),
-        "rollout/kept": keep.mean().item(),
-        "rollout/ended_early": (groups.lengths < args.l_traj + args.l_eval).mean().item(),
-        "charts/env_steps": steps["full"] + steps["sub"],
-        **{f"charts/env_steps_{source}": count for source, count in steps.items()},
-        "charts/SPS": groups.env_steps / rolled,
-        "time/collect": collected,
-        "time/simulate": groups.seconds,
-        "time/infer": rolled - groups.seconds,
-        "time/update": updated,
-        "time/iteration": time.time() - clock[0],
-    }
+# What the saved state hangs on: may not change when a run goes on.
+FIXED = ("env_id", "pretrained", "dataset_kind", "embed_dim", "c_online", "l_traj", "kappa_initial", "run_dir")
+FIXED += ("hindsight", "full_trajectories", "mixed_groups", "ratio", "random_points")
 
 
-def main(args: Args) -> Path:
-    """Algorithm 1; returns the run's folder."""
-    check_flags(args)
-    base, saved = start(args)
-    device, dtype = set_up_torch(args)
-    envs = [make_env(args.env_id, base["env_kwargs"]) for _ in range(max(args.n_sources, args.n_trajectories))]
-    size = args.n_sources * args.n_points * args.group_size
-    pool = make_pool(make_env(args.env_id, base["env_kwargs"]), size, args.threads)
-    model = load_model(base).use_precision(dtype).to(device)
-    learner, iteration, steps, replay = GRPOLearner(model, args), 0, dict(full=0, sub=0, eval=0), []
-    if saved:
-        if saved["precision"] != str(dtype):
-            die(f"the run began in {saved['precision']}, here it is {dtype}: use a device like it.")
-        learner.load_state(saved["learner"])
-        iteration, steps = saved["iteration"], saved["steps"]
-        replay = [Trajectory(*(field.numpy() for field in each)) for each in saved["replay"]]
-    facts, run_dir = run_facts(base, args, dtype), choose_run_dir(args)
-    eval_envs = make_eval_envs(args, base["env_kwargs"], run_dir / "videos")
-    log = RunLog(run_dir, METRICS, args, saved)
-    print(f"{device.type}, {args.threads} threads, {dtype}, {size} sub-trajectories, in {run_dir}", flush=True)
-    if not saved:  # the pretrained policy, before any update
-        log.write(0, run_evaluation(args, model, eval_envs, 0))
-
-    first, begun = iteration, time.time()
-    while iteration < args.iterations:
-        iteration, clock = iteration + 1, [time.time()]
-        policy, count = rollout_copy(model), args.n_trajectories if replay else len(envs)  # departure (8)
-        episodes = collect(policy, envs[:count], args, iteration)  # line 2
-        replay = [*replay, *episodes][-args.replay_size :]
-        clock.append(time.time())
-        points = choose_points(policy, replay, args, iteration)  # lines 3-5
-        groups = rollout_groups(policy, pool, points, args, iteration)  # line 6
-        clock.append(time.time())
-        advantages, keep = group_advantages(groups.scores, args.group_size, args.delta_r)  # line 7
-        learner.remember(groups, advantages, keep)  # line 8
-        row = learner.update(iteration)  # line 9
-        clock.append(time.time())
-        if iteration % args.eval_every == 0 or iteration == args.iterations:
-            row |= run_evaluation(args, model, eval_envs, iteration)
-            steps["eval"] += round(row["eval/length_mean"] * args.eval_episodes)
-        row |= {"charts/gradient_updates": learner.updates, "charts/buffer": learner.size()}
-        row |= row_of_iteration(episodes, groups, keep, steps, clock, args)
-        log.write(iteration, row)
-        left = (args.iterations - iteration) * (time.time() - begun) / (iteration - first) / 60
-        shown = "  ".join(f"{name} {row[name]:,.4g}" for name in CONSOLE if name in row)
-        print(f"iteration {iteration}/{args.iterations}  {shown}  {left:.0f} min left", flush=True)
-        content = dict(iteration=iteration, rows=log.rows, steps=steps, weights=model.state_dict())
-        content |= dict(learner=learner.state(), replay=[[torch.from_numpy(f) for f in each] for each in replay])
-        save_checkpoint(run_dir / "checkpoint.pt", facts | content)
-    log.close()
-    for env in [*envs, *eval_envs]:
-        env.close()
-    print(f"checkpoint: {run_dir / 'checkpoint.pt'}", flush=True)
-    return run_dir
+def parse_args(arguments: list[str] | None = None) -> Args:
+    """The command line. With --resume or --eval-only, the checkpoint's arguments are the defaults."""
+    args = tyro.cli(Args, args=arguments)
+    path = args.resume or args.eval_only
+    if path is None:
+        return args
+    content = load_checkpoint(path)
+    if args.resume and (args.eval_only or content["script"] != Path(__file__).stem):
+        die(f"{path} is a run of {content['script']}.py: resume it with that script, without --eval-only.")
+    if args.resume and "env_steps" not in content:
+        die(f"{path} is of an older version: start a new run from its --pretrained.")
+    if ":" in content["env_id"] and args.env_id != content["env_id"]:  # gym.make would import what stands before it
+        die(f"{path} imports a module, {content['env_id']}: if you trust it, give --env-id {content['env_id']}.")
+    values = content["args"] | {"env_id": content["env_id"]}
+    saved = Args(**{name: value for name, value in values.items() if name in vars(args)})
+    if args.eval_only:
+        own = dict(g_online=content["g_eval"], c_online=content["c_online"], threads=None, workers=None)
+        saved = dataclasses.replace(saved, **own, capture_video=False, resume=None)
+    args = tyro.cli(Args, args=arguments, default=saved)
+    for name in FIXED if args.resume else ("env_id", "c_online", "embed_dim"):
+        old, new, flag = getattr(saved, name), getattr(args, name), "--" + name.replace("_", "-")
+        if old != new:
+            die(f"{path} was made with {flag} {old}, not {new}: leave {flag} out, or start a run of its own.")
+    return args
 
 
 if __name__ == "__main__":
     if any(word.replace("_", "-") == "--capture-video" for word in sys.argv) and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is first imported
-    threading.excepthook = lambda failure: None  # TensorBoard's thread: the next write raises its error again, here
+        os.environ.setdefault("MUJOCO_GL", "egl")  # read when a camera is first made
     try:
         arguments = parse_args()
         eval_only(arguments) if arguments.eval_only else main(arguments)

@@ -5,7 +5,7 @@
 #
 #   bash benchmark/ablations.sh --quick                        toy sizes, random data: does all of it run?
 #   bash benchmark/ablations.sh --only hindsight               some lines; --dry-run shows what would be done
-#   SEEDS="1 2 3" WORKERS=2 EXTRA="--device cpu" bash benchmark/ablations.sh
+#   SEEDS="1 2 3" WORKERS=2 EXTRA="--no-cuda" bash benchmark/ablations.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exec "${PYTHON:-python}" benchmark/run.py --needs <(bash benchmark/pretrain_dt.sh --list) "$@" <<LINES
@@ -17,13 +17,13 @@ grpo_dt__Ant-medium__full-trajectories       python grpo_dt_continuous.py --env-
 # Fig. 2b: groups of mixed states
 grpo_dt__Hopper-medium__mixed-groups         python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__{seed} --iterations 500 --mixed-groups
 # Fig. 2c: a ratio per step
-grpo_dt__Hopper-medium__token-ratio          python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__{seed} --iterations 500 --token-ratio
+grpo_dt__Hopper-medium__token-ratio          python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__{seed} --iterations 500 --ratio token
 # Fig. 2d: random reset points
 grpo_dt__Hopper-medium__random-points        python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__{seed} --iterations 500 --random-points
 # Fig. 2e: the geometric mean of the ratios
-grpo_dt__Hopper-medium__geometric-mean       python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__{seed} --iterations 500 --geometric-mean
+grpo_dt__Hopper-medium__geometric-mean       python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__{seed} --iterations 500 --ratio geometric
 # Fig. 4a: from a Reinformer
-grpo_dt__Hopper-medium__reinformer           python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__reinformer__{seed} --iterations 500
+grpo_dt__Hopper-medium__reinformer           python benchmark/reinformer.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__reinformer__{seed} --iterations 500
 # Fig. 4c: L_traj (15 is the paper's, in benchmark/grpo_dt.sh)
 grpo_dt__Hopper-medium__l-traj-1             python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__{seed} --iterations 500 --l-traj 1
 grpo_dt__Hopper-medium__l-traj-5             python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__{seed} --iterations 500 --l-traj 5

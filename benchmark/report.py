@@ -55,9 +55,11 @@ FIGURES = {
 # Names in the paper's tables -> names in args.json, Table 5, and ODT's rate of the entropy dual.
 SETTINGS = {"lr_policy": "lr", "k_ppo": "n_trajectories"}
 COMMON = dict(embed_dim=512, n_layers=4, n_heads=4, beta=1e-3, weight_decay=1e-4, max_grad_norm=0.5, kappa_lr=1e-4)
-# Appendix B.1, and flags of the ablations, which the method of Table 1 has not.
+# Appendix B.1, and flags of the ablations, which the method of Table 1 has not. Two of them are values of GRPO-DT's
+# --ratio; runs before it have them as flags of their own.
 GROUPS = dict(replay_size=32, n_sources=16, n_points=4, group_size=8, buffer_size=2048, n_minibatches=8)
 ABLATIONS = ("hindsight", "full_trajectories", "mixed_groups", "token_ratio", "random_points", "geometric_mean")
+RATIOS = {"token": "token_ratio", "geometric": "geometric_mean"}
 
 INTRODUCTION = f"""# Our numbers beside the paper's
 
@@ -190,6 +192,8 @@ def settings_that_differ(method: str, task: str, kind: str, args: dict) -> str:
     """The arguments that are not as in the paper, "embed_dim 128 (512), lr 0.0001 (5e-05)"; "unknown" without any."""
     if not args:
         return "unknown"
+    if args.get("ratio") in RATIOS:
+        args = args | {RATIOS[args["ratio"]]: True}
     values = ((name, args.get(name), value) for name, value in paper_settings(method, task, kind).items())
     return ", ".join(
         name if name in ABLATIONS else f"{name} {ours:g} ({paper:g})"
@@ -220,12 +224,15 @@ def pretraining_that_differs(folder: Path, method: str, task: str, kind: str, ar
 def read_run(folder: Path) -> Run | str:
     """The run in a folder, or a line that says why there is none."""
     try:
-        args = json.loads((folder / "args.json").read_text())["args"]
+        content = json.loads((folder / "args.json").read_text())
+        args, program = content["args"], Path(content.get("command", [""])[0]).stem
     except (OSError, ValueError, KeyError):
-        args = {}
+        args, program = {}, ""
     identity = identify(folder.name, args)
     if identity is None:
         return f"{folder.name}: its name does not tell the method"
+    if program == "reinformer" and not identity[3]:  # the scripts' own names do not tell it
+        identity = (*identity[:3], program, identity[4])
     rows = [row for row in read_csv(folder / "metrics.csv") if row.get("iteration")]
     points = [
         Point(int(row["iteration"]), float(row.get("charts/env_steps") or 0), float(row["eval/normalized_score"]))

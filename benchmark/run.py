@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 LENGTH = ("--iterations", "--updates")  # a resumed run may get a larger one
-FREE = ("--device", "--track")  # a resumed run may get another one
+FREE = ("--device", "--cuda", "--no-cuda", "--track")  # a resumed run may get another one
 
 # --quick: these flags instead of a line's own, so that a line takes seconds. L_traj and L_eval stay the line's.
 QUICK = {
@@ -47,6 +47,7 @@ QUICK = {
     "--group-size 4 --buffer-size 32 --n-batch 8 --n-minibatches 2 --critic-warmup 5 --critic-updates 5 "
     "--critic-batch 8 --critic-dim 16 --eval-every 1 --eval-episodes 1 --threads 1",
 }
+QUICK["reinformer.py"] = QUICK["grpo_dt_continuous.py"]
 
 
 def die(message: str) -> NoReturn:

@@ -19,7 +19,7 @@ exec "${PYTHON:-python}" benchmark/run.py --needs <(echo "$pretraining") "$@" <<
 $pretraining
 # From random data, pretrained by the scripts themselves
 grpo_dt__Hopper-random__small python grpo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 30
-grpo_dt__Hopper-random__small-token-ratio   python grpo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 30 --token-ratio
+grpo_dt__Hopper-random__small-token-ratio   python grpo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 30 --ratio token
 grpo_dt__Hopper-random__small-random-points python grpo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 30 --random-points
 grpo_dt__Hopper-random__small-lr2e-4-kappa0.01 python grpo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 250 --lr 2e-4 --buffer-size 512 --kappa-initial 0.01 --eval-every 3
 grpo_dt__Ant-random__small    python grpo_dt_continuous.py --env-id Ant-v4 --embed-dim 128 --iterations 50 --eval-every 3

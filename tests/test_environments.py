@@ -8,18 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+import grpo_dt_continuous
 import pretrain_dt
-from pretrain_dt import (
-    UMAZE,
-    DecisionTransformer,
-    History,
-    SquashedGaussian,
-    d4rl_rules,
-    evaluate,
-    make_env,
-    normalized_score,
-    task_of,
-)
+from pretrain_dt import UMAZE, DecisionTransformer, History, SquashedGaussian, d4rl_rules, evaluate, make_env
 
 TASKS = [  # environment, observations, actions, time limit: gymnasium 1.4.0, gymnasium-robotics 1.4.2, D4RL's pen
     ("Hopper-v4", 11, 3, 1000),
@@ -39,9 +30,15 @@ TASKS = [  # environment, observations, actions, time limit: gymnasium 1.4.0, gy
 ]
 
 
+@pytest.fixture(params=[pretrain_dt, grpo_dt_continuous], ids=lambda script: script.__name__)
+def script(request):
+    """The tasks of pretrain_dt.py, which the other scripts share word for word, and those of grpo_dt_continuous.py."""
+    return request.param
+
+
 @functools.cache
-def shared_env(env_id):
-    return make_env(env_id, {"maze_map": UMAZE} if env_id.startswith("AntMaze") else {})
+def shared_env(script, env_id):
+    return script.make_env(env_id, {"maze_map": UMAZE} if env_id.startswith("AntMaze") else {})
 
 
 def distance(a, b):
@@ -54,8 +51,8 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize("env_id, obs_dim, act_dim, limit", TASKS)
-def test_dimensions_and_time_limit_of_each_task(env_id, obs_dim, act_dim, limit):
-    env = shared_env(env_id)
+def test_dimensions_and_time_limit_of_each_task(script, env_id, obs_dim, act_dim, limit):
+    env = shared_env(script, env_id)
     first, _ = env.reset(seed=0)
     second = env.step(env.action_space.sample())[0]
     assert first.shape == second.shape == env.observation_space.shape == (obs_dim,)
@@ -67,16 +64,16 @@ def test_dimensions_and_time_limit_of_each_task(env_id, obs_dim, act_dim, limit)
 
 
 @pytest.mark.parametrize("env_id, limit", [(name, limit) for name, _, _, limit in TASKS if limit < 1000])
-def test_adroit_and_antmaze_are_truncated_at_their_limit_and_not_before(env_id, limit):
-    env = shared_env(env_id)
+def test_adroit_and_antmaze_are_truncated_at_their_limit_and_not_before(script, env_id, limit):
+    env = shared_env(script, env_id)
     env.reset(seed=0)
     still = np.zeros(env.action_space.shape)
     assert [env.step(still)[3] for _ in range(limit)] == [False] * (limit - 1) + [True]
 
 
 @pytest.mark.parametrize("env_id", [name for name, _, _, limit in TASKS if limit == 1000] + ["Pendulum-v1"])
-def test_gymnasium_tasks_are_untouched(env_id):
-    ours, theirs = shared_env(env_id), gym.make(env_id)
+def test_gymnasium_tasks_are_untouched(script, env_id):
+    ours, theirs = shared_env(script, env_id), gym.make(env_id)
     rng = np.random.default_rng(0)
     np.testing.assert_array_equal(ours.reset(seed=3)[0], theirs.reset(seed=3)[0])
     for _ in range(210):
@@ -88,8 +85,8 @@ def test_gymnasium_tasks_are_untouched(env_id):
             np.testing.assert_array_equal(ours.reset()[0], theirs.reset()[0])
 
 
-def test_keyword_arguments_reach_the_environment():
-    assert make_env("Ant-v5", {"include_cfrc_ext_in_observation": False}).observation_space.shape == (27,)
+def test_keyword_arguments_reach_the_environment(script):
+    assert script.make_env("Ant-v5", {"include_cfrc_ext_in_observation": False}).observation_space.shape == (27,)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,8 +155,8 @@ def turn_target_to_pen(sim, rng):
         ("Pen", pen_reward, turn_target_to_pen, 60),
     ],
 )
-def test_adroit_reward_is_d4rls_formula_of_the_simulators_state(task, formula, move, highest):
-    env, rng, rewards, expected = shared_env(f"AdroitHand{task}-v1"), np.random.default_rng(0), [], []
+def test_adroit_reward_is_d4rls_formula_of_the_simulators_state(script, task, formula, move, highest):
+    env, rng, rewards, expected = shared_env(script, f"AdroitHand{task}-v1"), np.random.default_rng(0), [], []
     for step in range(400):
         if step % 100 == 0:
             env.reset(seed=step)
@@ -169,12 +166,12 @@ def test_adroit_reward_is_d4rls_formula_of_the_simulators_state(task, formula, m
         rewards.append(reward)
         expected.append(formula(env.unwrapped.data))
     np.testing.assert_allclose(rewards, expected, rtol=0, atol=1e-9)
-    assert type(rewards[0]) is float
+    assert isinstance(rewards[0], float)
     assert max(rewards) > highest and min(rewards) < 0  # the moves did reach all bonuses
 
 
-def test_pen_ends_exactly_when_it_has_fallen_below_75_mm():
-    env, rng, steps = shared_env("AdroitHandPen-v1"), np.random.default_rng(0), []
+def test_pen_ends_exactly_when_it_has_fallen_below_75_mm(script):
+    env, rng, steps = shared_env(script, "AdroitHandPen-v1"), np.random.default_rng(0), []
     for episode in range(10):
         observation, _ = env.reset(seed=episode)
         for step in range(100):
@@ -217,8 +214,8 @@ def test_rules_of_several_steps_at_once_take_twice_the_distance_off_each(task, t
 
 
 @pytest.mark.parametrize("task", ["Door", "Hammer", "Relocate"])
-def test_door_hammer_and_relocate_never_terminate(task):
-    env, rng = shared_env(f"AdroitHand{task}-v1"), np.random.default_rng(0)
+def test_door_hammer_and_relocate_never_terminate(script, task):
+    env, rng = shared_env(script, f"AdroitHand{task}-v1"), np.random.default_rng(0)
     env.reset(seed=0)
     assert not any(env.step(rng.uniform(-1.0, 1.0, env.action_space.shape))[2] for _ in range(200))
 
@@ -228,8 +225,8 @@ def test_door_hammer_and_relocate_never_terminate(task):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_antmaze_starts_and_goals_lie_in_the_two_fixed_cells_of_umaze():
-    env, starts, goals = shared_env("AntMaze_UMaze-v4"), [], []
+def test_antmaze_starts_and_goals_lie_in_the_two_fixed_cells_of_umaze(script):
+    env, starts, goals = shared_env(script, "AntMaze_UMaze-v4"), [], []
     for seed in range(40):
         observation, _ = env.reset(seed=seed)
         starts.append(observation[:2])
@@ -240,8 +237,8 @@ def test_antmaze_starts_and_goals_lie_in_the_two_fixed_cells_of_umaze():
         assert np.all(offsets.max(axis=0) > 0.5) and np.all(offsets.min(axis=0) < -0.5)  # and really spread there
 
 
-def test_antmaze_observation_is_position_and_velocity_then_goal():
-    env, rng = shared_env("AntMaze_UMaze-v4"), np.random.default_rng(0)
+def test_antmaze_observation_is_position_and_velocity_then_goal(script):
+    env, rng = shared_env(script, "AntMaze_UMaze-v4"), np.random.default_rng(0)
     observation, _ = env.reset(seed=0)
     for _ in range(20):
         sim = env.unwrapped.ant_env.data
@@ -251,8 +248,8 @@ def test_antmaze_observation_is_position_and_velocity_then_goal():
 
 
 @pytest.mark.parametrize("start, inside", [(0.1, True), (1.0, False)])
-def test_antmaze_pays_1_and_ends_at_the_goal_only(start, inside):
-    env = shared_env("AntMaze_UMaze-v4")
+def test_antmaze_pays_1_and_ends_at_the_goal_only(script, start, inside):
+    env = shared_env(script, "AntMaze_UMaze-v4")
     env.reset(seed=0)
     _, reward, terminated, _, _ = env.step(np.zeros(8))
     assert (reward, terminated) == (0.0, False)
@@ -265,8 +262,8 @@ def test_antmaze_pays_1_and_ends_at_the_goal_only(start, inside):
     assert (reward, terminated, truncated) == (float(inside), inside, False)
 
 
-def test_antmaze_pays_nothing_and_goes_on_wherever_the_goal_is_not():
-    env, rng = shared_env("AntMaze_UMaze-v4"), np.random.default_rng(0)
+def test_antmaze_pays_nothing_and_goes_on_wherever_the_goal_is_not(script):
+    env, rng = shared_env(script, "AntMaze_UMaze-v4"), np.random.default_rng(0)
     env.reset(seed=1)
     outcomes = [env.step(rng.uniform(-1.0, 1.0, 8))[1:3] for _ in range(200)]
     assert set(outcomes) == {(0.0, False)}
@@ -290,22 +287,22 @@ REFERENCES = [  # D4RL's random and expert returns
 
 
 @pytest.mark.parametrize("env_id, random, expert", REFERENCES)
-def test_score_is_0_at_the_random_and_100_at_the_expert_return(env_id, random, expert):
-    assert normalized_score(env_id, random) == 0.0
-    assert normalized_score(env_id, expert) == pytest.approx(100.0)
-    assert normalized_score(env_id, (random + expert) / 2) == pytest.approx(50.0)
+def test_score_is_0_at_the_random_and_100_at_the_expert_return(script, env_id, random, expert):
+    assert script.normalized_score(env_id, random) == 0.0
+    assert script.normalized_score(env_id, expert) == pytest.approx(100.0)
+    assert script.normalized_score(env_id, (random + expert) / 2) == pytest.approx(50.0)
 
 
 @pytest.mark.parametrize(
     "env_id, returns, score",
     [("AdroitHandDoor-v1", 794.1, 28.96), ("Hopper-v5", 1384, 43.1), ("Ant-v5", 2144, 58.7), ("Hopper-v5", 383, 12.4)],
 )
-def test_score_of_known_datasets(env_id, returns, score):
-    assert normalized_score(env_id, returns) == pytest.approx(score, abs=0.051)
+def test_score_of_known_datasets(script, env_id, returns, score):
+    assert script.normalized_score(env_id, returns) == pytest.approx(score, abs=0.051)
 
 
-def test_score_without_reference_returns_is_nan():
-    assert math.isnan(normalized_score("Pendulum-v1", 0.0))
+def test_score_without_reference_returns_is_nan(script):
+    assert math.isnan(script.normalized_score("Pendulum-v1", 0.0))
 
 
 @pytest.mark.parametrize(
@@ -321,15 +318,17 @@ def test_score_without_reference_returns_is_nan():
         ("MountainCar-variant-v0", "MountainCar-variant"),
     ],
 )
-def test_task_is_the_name_without_namespace_version_and_maze(env_id, task):
-    assert task_of(env_id) == task
+def test_task_is_the_name_without_namespace_version_and_maze(script, env_id, task):
+    assert script.task_of(env_id) == task
 
 
 @pytest.mark.parametrize("env_id, bound", [("Pendulum-v1", 2.0), ("Humanoid-v5", 0.4), ("Hopper-v5", 1.0)])
 def test_actions_are_scaled_between_the_bounds_of_the_environment(env_id, bound):
-    env = shared_env(env_id)
+    env = shared_env(pretrain_dt, env_id)
     scaled = pretrain_dt.scale_action(np.linspace(-1, 1, 5)[:, None], env)  # (5, A)
     np.testing.assert_allclose(scaled[:, 0], bound * np.linspace(-1, 1, 5), atol=1e-7)
+    theirs = grpo_dt_continuous.scale_action(np.linspace(-1, 1, 5)[:, None], env.action_space)
+    np.testing.assert_allclose(theirs, scaled, atol=1e-7)
     np.testing.assert_allclose(pretrain_dt.unscale_action(scaled, env)[:, 0], np.linspace(-1, 1, 5), atol=1e-6)
 
 

@@ -120,6 +120,9 @@ def test_a_line_becomes_a_run_per_seed():
         "python s.py --lr 2 --pretrained runs/p__3 --on --seed 3 --run-dir runs/n__3"
     )
     assert runs[0].command(resume=True) == ["python", "s.py", "--resume", "runs/n__3"]
+    words = ["--iterations", "5", "--device", "cpu", "--no-cuda", "--track"]  # the length, and where it runs
+    (mine,) = run.runs_of(f"n python s.py --lr 1 {' '.join(words)}", ["3"], "runs", False)
+    assert mine.command(resume=True)[4:] == words
 
 
 def test_quick_replaces_sizes_and_data_and_keeps_what_the_line_is_about():
@@ -128,6 +131,8 @@ def test_quick_replaces_sizes_and_data_and_keeps_what_the_line_is_about():
     assert quick.folder == Path("runs/quick/n__1") and quick.needs == Path("runs/quick/p__1")
     assert quick.flags["--l-traj"] == ["5"]
     assert (quick.flags["--iterations"], quick.flags["--buffer-size"]) == (["2"], ["16"])
+    (other,) = run.runs_of(line.replace("grpo_dt_continuous", "benchmark/reinformer"), ["1"], "runs/quick", True)
+    assert other.program[1] == "benchmark/reinformer.py" and other.flags == quick.flags
     (quick,) = run.runs_of("n python pretrain_dt.py --dataset x.hdf5", ["1"], "runs/quick", True)
     assert quick.flags["--dataset"] == ["random"]
 
@@ -433,11 +438,15 @@ def all_lines():
     return {name: lines_of(name) for name in SHELL}
 
 
-def script_of(each):
-    """The script that a run calls; skips where it is not there yet."""
+def script_of(each, monkeypatch):
+    """The script that a run calls; skips where it is not there yet. reinformer.py puts its model into GRPO-DT's."""
     path = ROOT / each.program[1]
     if not path.exists():
         pytest.skip(f"{path.name} is not there yet")
+    if path.name == "reinformer.py":
+        script = importlib.import_module("grpo_dt_continuous")
+        monkeypatch.setattr(script, "DecisionTransformer", load("reinformer").Reinformer)
+        return script
     return importlib.import_module(path.stem)
 
 
@@ -470,21 +479,20 @@ def test_every_finetuning_line_begins_with_a_line_of_pretraining_of_the_same_env
                 before.flags[flag] for flag in ("--env-id", "--dataset-kind")
             ], each.name
             assert ("reinformer" in each.name) == ("--model" in before.flags)
+            assert ("reinformer" in each.name) == (each.program[1] == "benchmark/reinformer.py")
 
 
 SMALL = ("--embed-dim", "--lr", "--buffer-size", "--gamma", "--tau", "--kappa-initial", "--kappa-lr", "--delta-r")
-UNLIKE = dict.fromkeys(report.METHODS, (*SMALL, "--token-ratio", "--random-points"))
+UNLIKE = dict.fromkeys(report.METHODS, (*SMALL, "--ratio", "--random-points"))
 UNLIKE["pretrain_dt"] = ("--embed-dim", "--c-offline")  # its rate is not in the paper's tables
 
 
 @pytest.mark.parametrize("name", SHELL)
-def test_every_line_is_parsed_and_takes_the_papers_row(all_lines, name):
+def test_every_line_is_parsed_and_takes_the_papers_row(all_lines, name, monkeypatch):
     for each in all_lines[name]:
-        script = script_of(each)
+        script = script_of(each, monkeypatch)
         args = script.parse_args([*run.words_of(each.flags)])
         script.check_args(args)
-        if name == "ablations":
-            script.check_flags(args)
         if script.__name__ == "pretrain_dt":
             script.fill_from_row(args)
         else:
@@ -494,7 +502,9 @@ def test_every_line_is_parsed_and_takes_the_papers_row(all_lines, name):
         differs = report.settings_that_differ(method, task, kind, vars(args))
         if name == "small":  # what is unlike the paper's stands on the line
             named = {part.split(" ")[0] for part in differs.split(", ") if part}
-            assert named == {flag[2:].replace("-", "_") for flag in each.flags if flag in UNLIKE[method]}, differs
+            flags = {flag for flag in each.flags if flag in UNLIKE[method]}
+            values = {report.RATIOS[each.flags["--ratio"][0]]} if "--ratio" in flags else set()
+            assert named == {flag[2:].replace("-", "_") for flag in flags - {"--ratio"}} | values, differs
             continue
         swept = {
             "l-traj-": "l_traj",
@@ -502,7 +512,7 @@ def test_every_line_is_parsed_and_takes_the_papers_row(all_lines, name):
         }
         ablation = variant.replace("-", "_") if variant.replace("-", "_") in report.ABLATIONS else ""
         expected = [next((setting for part, setting in swept.items() if variant.startswith(part)), ""), ablation]
-        expected += ["n_batch", "l_traj", "l_eval"] if ablation == "full_trajectories" else []
+        expected += ["n_batch"] if ablation == "full_trajectories" else []
         assert {part.split(" ")[0] for part in differs.split(", ") if part} == {*filter(None, expected)}, each.name
 
 
@@ -532,7 +542,7 @@ def toys(tmp_path_factory):
 @pytest.mark.parametrize("each", covering_lines(), ids=lambda each: each.name)
 def test_a_line_of_each_shell_script_and_each_flag_at_toy_size(each, toys, monkeypatch, tmp_path):
     """In this process, and in Hopper, where episodes are short: every line as it is runs in the test below."""
-    script = script_of(each)
+    script = script_of(each, monkeypatch)
     monkeypatch.chdir(tmp_path)
     finetunes = each.program[1] != "pretrain_dt.py"
     each.flags |= {"--env-id": ["Hopper-v5"]} | ({"--iterations": ["1"]} if finetunes else {})

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
+import grpo_dt_continuous as grpo
 from pretrain_dt import (
     ACTION_LIMIT,
     Block,
@@ -440,3 +441,71 @@ def test_gradients_in_bf16_arrive_in_fp32_at_every_weight_that_is_read():
     F.mse_loss(dist.mean + dist.log_std, torch.zeros_like(dist.mean)).backward()
     for name, p in model.named_parameters():
         assert p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0, name
+
+
+# GRPO-DT's network, which is written anew: the same function of the same weights
+
+
+def twins(**sizes):
+    """A network of pretraining and one of grpo_dt_continuous.py with its weights, in single precision."""
+    ours = sharp_model(**sizes).float().use_precision(torch.float32)
+    theirs = grpo.DecisionTransformer(**ours.sizes).eval()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def padded_inputs(context):
+    """draw_inputs in single precision, the actions with a last one that is not to be read, and padding."""
+    observations, returns, actions = (value.float() for value in draw_inputs(batch=2 * context, context=context))
+    real = torch.arange(context) >= torch.arange(2 * context)[:, None] % context
+    return observations, returns, F.pad(actions, (0, 0, 0, 1), value=9.0), real
+
+
+@pytest.mark.parametrize("context", [1, 2, 5])
+def test_finetuning_has_the_network_of_pretraining(context):
+    ours, theirs = twins()
+    observations, returns, actions, real = windows = padded_inputs(context)
+    expected, _ = ours(observations, returns, actions[:, :-1], real)
+    every, last = theirs(*windows, every_step=True), theirs(*windows)
+    torch.testing.assert_close(every.mean[real], expected.mean[real], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(every.stddev[real].log(), expected.log_std[real], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(last.mean, every.mean[:, -1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last.stddev, every.stddev[:, -1], rtol=1e-4, atol=1e-5)
+    assert torch.equal(theirs.conditioned_on(*windows), returns)
+    for value in (expected.mean[:, -1] + expected.log_std[:, -1], last.mean + last.stddev.log()):
+        value.square().sum().backward()
+    others = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        if context > 1 or "embed_action" not in name:  # at context 1 no action is read
+            size = p.grad.abs().max().item()
+            torch.testing.assert_close(others[name].grad, p.grad, rtol=1e-2, atol=1e-3 * size)
+
+
+def test_finetuning_has_the_initial_weights_of_pretraining():
+    states = []
+    for module in (grpo.DecisionTransformer, DecisionTransformer):
+        torch.manual_seed(0)
+        states.append(module(S, A, embed_dim=32, n_layers=2, n_heads=2).state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("context", [1, 2, 5])
+def test_finetuning_in_bf16_stays_close_to_fp32_with_gradients_in_fp32(context):
+    torch.manual_seed(0)
+    model, windows = grpo.DecisionTransformer(S, A, embed_dim=64, n_layers=2, n_heads=2).eval(), padded_inputs(context)
+    exact = model(*windows)
+    model.bf16 = True
+    rough = model(*windows)
+    for value, expected in ((rough.mean, exact.mean), (rough.stddev, exact.stddev)):
+        assert value.dtype == torch.float32 and 0 < (value - expected).abs().max() < 0.02
+    (rough.mean + rough.stddev).square().sum().backward()
+    for name, p in model.named_parameters():
+        read = p.grad is not None or (context == 1 and "embed_action" in name)
+        assert read and (p.grad is None or p.grad.dtype == torch.float32), name
+
+
+def test_finetunings_actions_stay_where_atanh_is_finite():
+    u = torch.tensor([-1e3, -0.5, 0.0, 2.0, 1e3])
+    torch.testing.assert_close(grpo.squash(u), SquashedGaussian(u, torch.zeros(5)).mode())
+    assert torch.atanh(grpo.squash(u)).isfinite().all()

@@ -25,8 +25,9 @@ HOPPER = dict(n_batch=256, c_online=1, g_online=7200.0, l_traj=15, l_eval=400, g
 HOPPER |= dict(lr=5e-5, kappa_initial=0.2, embed_dim=512, beta=1e-3, weight_decay=1e-4, max_grad_norm=0.5)
 
 
-def make_run(folder, name, scores, args=None, steps=100):
-    """A run folder; scores: one per iteration from 0 on, None for an iteration without an evaluation."""
+def make_run(folder, name, scores, args=None, steps=100, command=None):
+    """A run folder; scores: one per iteration from 0 on, None for an iteration without an evaluation. command: as
+    GRPO-DT's args.json has it."""
     path = folder / name
     path.mkdir(parents=True)
     with open(path / "metrics.csv", "w", newline="") as file:
@@ -37,7 +38,8 @@ def make_run(folder, name, scores, args=None, steps=100):
             evaluation = ["", ""] if score is None else [1.0, score]
             table.writerow([iteration, env_steps, *evaluation, iteration**2 if iteration else ""])
     if args is not None:
-        (path / "args.json").write_text(json.dumps({"args": args, "versions": {}, "commit": ""}))
+        facts = {} if command is None else {"script": "grpo_dt_continuous.py", "command": command}
+        (path / "args.json").write_text(json.dumps(facts | {"args": args, "versions": {}, "commit": ""}))
 
 
 def hopper(kind="random", **changes):
@@ -234,6 +236,10 @@ def test_settings_are_held_against_the_papers_tables():
         differs("q_guided_grpo_dt", "AntMaze", "umaze", gamma=0.99, tau=0.05) == "gamma 0.99 (0.998), tau 0.05 (0.005)"
     )
     assert differs("ppo_dt", "Hopper", "random", hindsight=True, token_ratio=False) == "hindsight"
+    for old, new in (({"token_ratio": True}, "token"), ({"geometric_mean": True}, "geometric"), ({}, "sequence")):
+        said = differs("grpo_dt", "Hopper", "random", **hopper(lr=1e-4, ratio=new))
+        assert said == differs("grpo_dt", "Hopper", "random", **hopper(lr=1e-4, **old))
+        assert said == ", ".join(["lr 0.0001 (5e-05)", *old])
     assert differs("grpo_dt", "Hopper", "random", group_size=8, buffer_size=64) == "buffer_size 64 (2048)"
     assert differs("q_guided_grpo_dt", "Ant", "medium-replay", lr=5e-5) == "lr 5e-05 (1e-05)"
     assert report.settings_that_differ("grpo_dt", "Hopper", "random", {}) == "unknown"
@@ -250,11 +256,20 @@ def test_runs_of_different_settings_are_not_averaged_and_the_papers_stand_in_the
 
 
 def test_ablations_under_the_scripts_own_names_are_no_seeds_of_the_method(tmp_path):
-    for seed, changes in ((1, {}), (2, {"token_ratio": True}), (3, {"hindsight": True, "group_size": 2})):
-        make_run(tmp_path, f"Hopper-v5__grpo_dt_continuous__random__{seed}__17", [0.0, 10.0 * seed], hopper(**changes))
+    changed = [{}, {"token_ratio": True}, {"hindsight": True, "group_size": 2}, {"ratio": "token"}]
+    for seed, changes in enumerate(changed, start=1):
+        name = f"Hopper-v5__grpo_dt_continuous__random__{seed}__17"
+        make_run(tmp_path, name, [0.0, 10.0 * seed], hopper(**changes), command=["grpo_dt_continuous.py"])
+    name = "Hopper-v5__grpo_dt_continuous__random__5__17"
+    make_run(tmp_path, name, [0.0, 50.0], hopper(), command=["benchmark/reinformer.py", "--pretrained", "runs/x"])
     page, _ = page_of(tmp_path)
     assert rows_under(page, "Table 1")[0][-1].startswith("10.00\\*")
-    assert {row[-1] for row in rows_under(page, "Other runs")} == {"token_ratio", "group_size 2 (8), hindsight"}
+    others = {(row[2], row[3].split(" (")[0], row[-1]) for row in rows_under(page, "Other runs")}
+    assert others == {
+        ("-", "30.00 ± 14.14", "token_ratio"),  # seeds 2 and 4, of before and after --ratio
+        ("-", "30.00", "group_size 2 (8), hindsight"),
+        ("reinformer", "50.00", "-"),
+    }
 
 
 def test_the_pretraining_of_a_run_is_held_against_the_paper(tmp_path):
