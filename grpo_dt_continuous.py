@@ -120,13 +120,13 @@ class Args:
     eval_every: int = 1  # iterations between evaluations
     eval_episodes: int = 10  # episodes of an evaluation
     threads: int | None = None  # CPU threads of torch [None: torch's choice, or OMP_NUM_THREADS]
-    workers: int | None = None  # processes that step the simulators [None: one a thread; 0: none but this one]
+    workers: int | None = None  # processes that step the simulators [None: one a thread, 0 if one; 0: this one]
     cuda: bool = True  # run the network on a GPU if there is one
     bf16: bool = True  # bf16 matrix products where the hardware has units for it
     run_dir: str | None = None  # folder of the run [None: runs/ENV__SCRIPT__KIND__SEED__TIME]
     resume: str | None = None  # folder of a run to go on with; flags given with it hold from there on
     eval_only: str | None = None  # evaluate the checkpoint in this folder, of any script here, and stop
-    capture_video: bool = False  # film the first evaluation episode into RUN_DIR/videos (needs moviepy)
+    capture_video: bool = False  # film each evaluation's first episode into RUN_DIR/videos (needs moviepy)
     track: bool = False  # also log to Weights & Biases (needs wandb)
 
 
@@ -440,7 +440,7 @@ def choose_points(policy, replay: list[Trajectory], args: Args, rng: np.random.G
     sources = rng.choice(len(replay), size=args.n_sources, p=lengths / lengths.sum())
     count = args.n_points * (args.group_size if args.mixed_groups else 1)
     logits = {source: np.zeros(lengths[source]) for source in sources}
-    if not args.random_points:
+    if not (args.random_points or args.full_trajectories):
         logits = {source: action_variance(policy, replay[source], args.c_online) for source in logits}
     points = []
     for source in sources:
@@ -592,7 +592,7 @@ class GRPOLearner:
             new.returns.copy_(torch.from_numpy(reached[keep]))
         if self.buffer:
             new = SubTrajectories(*(torch.cat(pair) for pair in zip(self.buffer, new)))
-        self.buffer = new.take(slice(-args.buffer_size, None))
+        self.buffer = SubTrajectories(*(field[-args.buffer_size :].clone() for field in new))  # a view would keep all
 
     def update(self, rng: np.random.Generator) -> dict[str, float]:
         """Line 9: minibatches drawn uniformly from the buffer, a gradient step each; means of the values to log."""
@@ -622,7 +622,7 @@ class GRPOLearner:
         losses["losses/ratio_max"] = ratios["ratio_max"].max().item()
         losses["losses/ratio_first"] = ratios["ratio_mean"][0].item()
         if not np.isfinite(table).all():
-            die(f"the loss is not finite ({losses}): lower --lr; the last checkpoint is kept.")
+            die("the loss is not finite: start a new run with a lower --lr; the last checkpoint is kept.")
         return losses
 
     PARTS = ("model", "reference", "optimizer", "dual")
@@ -653,8 +653,6 @@ def main(args: Args) -> Path:
     model = load_model(base, set_up_torch(args), args.bf16)
     run_dir = choose_run_dir(args)
     env = make_env(args.env_id, base["env_kwargs"])
-    if args.full_trajectories:  # Fig. 2a
-        args.l_traj, args.l_eval = env.spec.max_episode_steps, 0
     learner = GRPOLearner(model, args)
     iteration, env_steps, replay, rows = 0, 0, [], []
     if args.resume:
@@ -963,9 +961,13 @@ class Simulators:
         self.arrays = shared_arrays(buffer, widths)
         self.states, self.actions, self.observations, self.results = self.arrays
         self.pipes, self.processes = [], []
-        if workers:
-            self.hire(workers, spec, buffer, widths)
-        self.prove()
+        try:
+            if workers:
+                self.hire(workers, spec, buffer, widths)
+            self.prove()
+        except BaseException:
+            self.__exit__()
+            raise
 
     def hire(self, workers: int, *theirs) -> None:
         """Start the worker processes; `theirs`: what `work` takes before the pipe."""
@@ -1178,7 +1180,7 @@ class Log:
         """rows: those of a run that goes on. All is written anew, so what came after its checkpoint is gone."""
         self.lock = claim(run_dir, args)
         self.iterations, self.path, self.rows = args.iterations, run_dir / "metrics.csv", rows
-        self.begun, self.before = time.time(), len(rows)
+        self.begun, self.before = time.time(), max(1, len(rows))  # row 0 is no iteration
         packages = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "minari")
         installed = {each.name: each.version for each in importlib.metadata.distributions()}
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -1212,7 +1214,7 @@ class Log:
         self.rows.append(row)
         self.show(row)
         self.write()
-        seconds = (time.time() - self.begun) / (len(self.rows) - self.before)
+        seconds = (time.time() - self.begun) / max(1, len(self.rows) - self.before)
         print(console_line(row, self.iterations, seconds), flush=True)
 
     def write(self) -> None:
@@ -1230,7 +1232,7 @@ class Log:
 
 
 def console_line(row: dict[str, float], iterations: int, seconds: float) -> str:
-    """A row in under 100 characters; seconds: what an iteration takes."""
+    """A row in some 100 characters; seconds: what an iteration takes."""
     parts = [f"{row['iteration']:>4}/{iterations}"]
     if "eval/return_mean" in row:
         score = f" ({row['eval/normalized_score']:.1f})" if "eval/normalized_score" in row else ""
@@ -1238,7 +1240,7 @@ def console_line(row: dict[str, float], iterations: int, seconds: float) -> str:
     if "rollout/return" in row:
         parts.append(f"return {row['rollout/return']:,.0f}  kept {row['rollout/kept']:.2f}")
     if "losses/loss" in row:
-        parts.append(f"ratio {row['losses/ratio_first']:.2f} max {row['losses/ratio_max']:.1f}")
+        parts.append(f"ratio {row['losses/ratio_first']:.2f} max {row['losses/ratio_max']:.3g}")
         parts.append(f"clip {row['losses/clip_fraction']:.2f}  H {row['losses/entropy']:.2f}")
     if row["iteration"]:
         minutes = round((iterations - row["iteration"]) * seconds / 60)
@@ -1290,6 +1292,7 @@ def pretrained_on_random(args: Args) -> Path:
     command = [sys.executable, str(Path(__file__).with_name("pretrain_dt.py")), "--bf16" if args.bf16 else "--no-bf16"]
     command += [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
     if subprocess.run(command).returncode:
+        shutil.rmtree(own, ignore_errors=True)
         die("pretraining on random data failed, see above: mend it, or give --pretrained.")
     try:
         own.rename(target)
@@ -1312,6 +1315,8 @@ def start(args: Args) -> dict:
     if args.resume and base["iteration"] > args.iterations:
         die(f"{path} is at iteration {base['iteration']}: give --iterations {base['iteration']} or more.")
     args.embed_dim = base["sizes"]["embed_dim"]
+    if args.full_trajectories:  # Fig. 2a
+        args.l_traj, args.l_eval = make_env(args.env_id, base["env_kwargs"]).spec.max_episode_steps, 0
     fill_from_table(args, base["dataset_kind"], base["dataset_best_return"])
     return base
 
@@ -1390,6 +1395,6 @@ if __name__ == "__main__":
     except SystemExit as stop:  # tyro's code for bad usage is 2
         raise SystemExit(1 if stop.code == 2 else stop.code) from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped: a run goes on from its last checkpoint with --resume RUN_DIR") from None
+        raise SystemExit("stopped: a run that has a checkpoint goes on from it with --resume RUN_DIR") from None
     except OSError as error:
         die(f"{error}: what was written before is kept; once that is mended, go on with --resume RUN_DIR.")
