@@ -1395,6 +1395,6 @@ if __name__ == "__main__":
     except SystemExit as stop:  # tyro's code for bad usage is 2
         raise SystemExit(1 if stop.code == 2 else stop.code) from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped: a run that has a checkpoint goes on from it with --resume RUN_DIR") from None
+        raise SystemExit("stopped: a run goes on from its last checkpoint with --resume RUN_DIR") from None
     except OSError as error:
         die(f"{error}: what was written before is kept; once that is mended, go on with --resume RUN_DIR.")
