@@ -111,7 +111,7 @@ class Args:
 
     # Ablations
     hindsight: bool = False  # Fig. 1: new log-probabilities see the returns that were reached
-    full_trajectories: bool = False  # Fig. 2a: groups of whole episodes from their first state
+    full_trajectories: bool = False  # Fig. 2a: groups of whole episodes from their first state, whatever --l-traj says
     mixed_groups: bool = False  # Fig. 2b: the members of a group start from different reset points
     ratio: Literal["sequence", "token", "geometric"] = "sequence"  # Fig. 2c: one per step; Fig. 2e: their mean
     random_points: bool = False  # Fig. 2d: reset points drawn uniformly
@@ -128,6 +128,12 @@ class Args:
     eval_only: str | None = None  # evaluate the checkpoint in this folder, of any script here, and stop
     capture_video: bool = False  # film each evaluation's first episode into RUN_DIR/videos (needs moviepy)
     track: bool = False  # also log to Weights & Biases (needs wandb)
+
+    def __post_init__(self):
+        if self.group_size < 2:
+            die(f"--group-size is {self.group_size}: an advantage is relative to a group, give 2 or more.")
+        if self.full_trajectories and (self.mixed_groups or self.random_points):
+            die("--full-trajectories starts at first states: leave out --mixed-groups and --random-points.")
 
 
 # Table 6, and n_trajectories of Appendix B.1. Keys: environment id up to the version, kind of data.
@@ -375,14 +381,17 @@ def rollout(policy, sims, observations, g, noise, last, past=None, context=1, sn
 
 
 class Trajectory(NamedTuple):
-    """A full trajectory of T steps behind K - 1 steps of padding: step h's window is [h, h + K) of the first four."""
+    """A row of Steps, cut at its end: T steps behind K - 1 steps of padding. Step h's window is [h, h + K)."""
 
     observations: np.ndarray  # (K - 1 + T, S)
     returns: np.ndarray  # (K - 1 + T,) return-to-go that the action was conditioned on, raw
     actions: np.ndarray  # (K - 1 + T, A) in [-1, 1]
     real: np.ndarray  # (K - 1 + T,) False: padding
+    u: np.ndarray  # (T, A) before tanh
     rewards: np.ndarray  # (T,)
-    snapshots: np.ndarray  # (T, D) of the simulator, before each action
+    snapshots: np.ndarray  # (T, D), or (0, 0)
+    terminated: np.ndarray  # () whether the task ended it, not the time limit
+    last_observation: np.ndarray  # (S,) after the last step
 
 
 def draw_noise(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -390,21 +399,21 @@ def draw_noise(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape, dtype=np.float32)
 
 
-def collect(policy, sims: Simulators, n: int, args: Args, rng: np.random.Generator) -> list[Trajectory]:
+def collect(policy, sims, n: int, args: Args, rng: np.random.Generator, snapshots=False) -> list[Trajectory]:
     """Line 2: n full trajectories side by side, with sampled actions, from g_online."""
     observations = sims.reset(rng.integers(2**31, size=n))
     noise = draw_noise(rng, n, sims.limit, policy.act_dim)
     g, last = np.full(n, args.g_online), np.full(n, sims.limit)
-    steps = rollout(policy, sims, observations, g, noise, last, context=args.c_online, snapshots=True)
+    steps = rollout(policy, sims, observations, g, noise, last, context=args.c_online, snapshots=snapshots)
     trajectories = []
     for i, length in enumerate(steps.real.sum(1)):
-        seen = [field[i, : args.c_online - 1 + length].copy() for field in steps[:4]]
-        rewards = steps.rewards[i, :length].copy()
-        trajectories.append(Trajectory(*seen, rewards, steps.snapshots[i, :length].copy()))
+        ends = [args.c_online - 1 + length] * 4 + [length] * 3
+        fields = [field[i, :end].copy() for field, end in zip(steps, ends)]
+        trajectories.append(Trajectory(*fields, np.array(steps.terminated[i]), steps.last_observation[i].copy()))
     return trajectories
 
 
-def evaluate(policy, sims: Simulators, args: Args, iteration: int, film_to: Path | None = None) -> dict[str, float]:
+def evaluate(policy, sims, args: Args, iteration: int, film_to: Path | None = None) -> dict[str, float]:
     """Episodes with the mean action, from g_online: the columns eval/ of metrics.csv. The same (seed, iteration) plays
     the same episodes, so a saved model scores what it scored in memory. film_to: a folder, for the first episode."""
     begun = time.perf_counter()
@@ -414,7 +423,7 @@ def evaluate(policy, sims: Simulators, args: Args, iteration: int, film_to: Path
     noise = np.zeros((n, 0, policy.act_dim), np.float32)
     steps = rollout(policy, sims, sims.reset(seeds), g, noise, last, context=args.c_online)
     if film_to:
-        film(sims.main.env, args.env_id, int(seeds[0]), steps.actions[0][steps.real[0]], film_to)
+        film(sims.env, args.env_id, int(seeds[0]), steps.actions[0][steps.real[0]], film_to)
     returns = steps.rewards.sum(1)
     return {
         "eval/return_mean": returns.mean().item(),
@@ -518,7 +527,7 @@ def windows(steps: torch.Tensor, context: int) -> torch.Tensor:
     return steps.unfold(1, context, 1).movedim(-1, 2).flatten(0, 1)
 
 
-def distribution(model: DecisionTransformer, sub: SubTrajectories) -> Normal:
+def distribution(model: DecisionTransformer, sub) -> Normal:
     """The policy's law of u (B, L, A) at each step of `sub`, from the very window that the rollout saw."""
     context = sub.real.shape[1] - sub.u.shape[1] + 1
     dist = model(*(windows(field, context) for field in sub[:4]))  # B L windows of K steps
@@ -615,15 +624,8 @@ class GRPOLearner:
             self.dual.step()
             self.updates += 1
             values["kappa"] = kappa
-            logged.append(torch.stack([value.detach() for value in values.values()]))
-        table = torch.stack(logged).cpu().numpy()  # (updates, values); the only wait for the device
-        losses = {f"losses/{name}": column.mean().item() for name, column in zip(values, table.T)}
-        ratios = dict(zip(values, table.T))
-        losses["losses/ratio_max"] = ratios["ratio_max"].max().item()
-        losses["losses/ratio_first"] = ratios["ratio_mean"][0].item()
-        if not np.isfinite(table).all():
-            die("the loss is not finite: start a new run with a lower --lr; the last checkpoint is kept.")
-        return losses
+            logged.append({name: value.detach() for name, value in values.items()})
+        return mean_losses(logged)
 
     PARTS = ("model", "reference", "optimizer", "dual")
 
@@ -649,10 +651,15 @@ class GRPOLearner:
 
 def main(args: Args) -> Path:
     """Algorithm 1; returns the run's folder."""
+    if not (args.resume or args.pretrained):  # no pretraining for a task that can't be reset to a state
+        Simulators(make_env(args.env_id, {}), 1)
     base = start(args)
     model = load_model(base, set_up_torch(args), args.bf16)
     run_dir = choose_run_dir(args)
     env = make_env(args.env_id, base["env_kwargs"])
+    if args.full_trajectories:  # Fig. 2a
+        args.l_traj, args.l_eval = env.spec.max_episode_steps, 0
+        print(f"--full-trajectories: l_traj {args.l_traj}, l_eval 0", flush=True)
     learner = GRPOLearner(model, args)
     iteration, env_steps, replay, rows = 0, 0, [], []
     if args.resume:
@@ -661,32 +668,28 @@ def main(args: Args) -> Path:
         replay = [Trajectory(*(field.numpy() for field in each)) for each in base["replay"]]
     film_to = run_dir / "videos" if args.capture_video else None
     size = max(args.n_sources * args.n_points * args.group_size, args.n_trajectories, args.eval_episodes)
-    with Simulators(env, size, args.workers) as sims, Log(run_dir, args, rows) as log:
+    with Simulators(env, size, args.workers) as sims, Log(run_dir, args, args.iterations, rows) as log:
         if not rows:  # the pretrained policy, before any update
             log.add({"iteration": 0} | evaluate(model, sims, args, 0, film_to))
         while iteration < args.iterations:
             iteration += 1
             rng = np.random.default_rng([args.seed, iteration])  # of all that is drawn in this iteration
-            clock = [time.perf_counter()]
+            clock = [time.perf_counter(), sims.seconds]
             count = args.n_trajectories if replay else args.n_sources  # departure (8)
-            trajectories = collect(model, sims, count, args, rng)  # line 2
+            trajectories = collect(model, sims, count, args, rng, snapshots=True)  # line 2
             replay = [*replay, *trajectories][-args.replay_size :]
-            clock.append(time.perf_counter())
-            simulated = sims.seconds
             members = choose_points(model, replay, args, rng)  # lines 3-5
             steps, scores = rollout_groups(model, sims, members, args, rng)  # line 6
-            clock.append(time.perf_counter())
-            simulated = sims.seconds - simulated
+            clock += [time.perf_counter(), sims.seconds]
             advantages, keep = group_advantages(scores, args.group_size, args.delta_r)  # line 7
             reached = hindsight_returns(steps, members, sims.limit, args) if args.hindsight else None
             if keep.any():
                 learner.remember(steps, advantages, keep, reached)  # line 8
             row = {"iteration": iteration} | (learner.update(rng) if learner.buffer else {})  # line 9
-            clock.append(time.perf_counter())
+            row |= group_metrics(steps, scores, keep, args) | trajectory_metrics(trajectories) | time_metrics(*clock)
             if iteration % args.eval_every == 0 or iteration == args.iterations:
                 row |= evaluate(model, sims, args, iteration, film_to)
-            row |= rollout_metrics(trajectories, steps, scores, keep, args) | time_metrics(clock, simulated)
-            env_steps += row["rollout/env_steps"]
+            env_steps += sum(len(each.rewards) for each in trajectories) + int(steps.real[:, args.c_online - 1 :].sum())
             log.add(row | {"charts/env_steps": env_steps, "charts/gradient_updates": learner.updates})
             content = dict(iteration=iteration, env_steps=env_steps, rows=log.rows, weights=model.state_dict())
             content |= dict(learner=learner.state(), replay=[[torch.from_numpy(f) for f in each] for each in replay])
@@ -859,7 +862,7 @@ def live_arrays(env: gym.Env) -> list[np.ndarray]:
     goal = getattr(env.unwrapped, "goal", None)
     # xpos and xipos lag the joints by a substep: worked out anew, the first reward of an Ant would be wrong
     arrays = [data.xpos, data.xipos, model.body_pos, model.body_quat, model.site_pos, goal]
-    return [array for array in arrays if isinstance(array, np.ndarray)]
+    return [array for array in arrays if isinstance(array, np.ndarray) and array.dtype == np.float64]
 
 
 class Simulation:
@@ -909,7 +912,8 @@ def shared_arrays(buffer, widths: list[int]) -> list[np.ndarray]:
 def untimed(spec) -> Simulation:
     """A simulation of the environment that `spec` describes, its own wrappers on, the time limit off: departure (4)."""
     gym.logger.min_level = gym.logger.ERROR
-    return Simulation(D4RLRules(gym.make(spec, max_episode_steps=-1, disable_env_checker=True)))
+    with contextlib.redirect_stderr(io.StringIO()):  # what packages say when they are first imported
+        return Simulation(D4RLRules(gym.make(spec, max_episode_steps=-1, disable_env_checker=True)))
 
 
 def work(spec, buffer, widths: list[int], pipe) -> None:
@@ -941,12 +945,15 @@ class Simulators:
 
     PROOF_STEPS = 20
 
-    def __init__(self, env: gym.Env, size: int, workers: int):
-        """env: of make_env, which is used for resets. workers: 0 plays in this process."""
+    def __init__(self, env: gym.Env, size: int, workers: int | None = 0):
+        """env: of make_env, which is used for resets. workers: 0 plays in this process [None: one a thread of torch, 0
+        if there is one]."""
+        if workers is None:
+            workers = torch.get_num_threads() if torch.get_num_threads() > 1 else 0
         self.name, self.limit, self.space = env.spec.id, env.spec.max_episode_steps, env.action_space
         if not {"model", "data"} <= vars(simulator_of(env)).keys():
             die(f"{self.name} is no MuJoCo environment to reset to: use q_guided_grpo_dt.py or ppo_dt_continuous.py.")
-        self.main, self.seconds = Simulation(env), 0.0
+        self.env, self.main, self.seconds = env, Simulation(env), 0.0
         # as registered, with the arguments it was made with: this pickles, and a worker need not know the id
         spec = dataclasses.replace(gym.spec(self.name), kwargs=env.unwrapped.spec.kwargs)
         self.local = untimed(spec)
@@ -994,8 +1001,9 @@ class Simulators:
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
+            process.kill()  # it holds nothing that could be lost
+        for process in self.processes:
             process.join(2)
-            process.kill()
 
     def reset(self, seeds: np.ndarray) -> np.ndarray:
         """A new episode from each of `seeds` (n,) in the first n simulations: observations (n, S)."""
@@ -1100,10 +1108,14 @@ def load_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         die(f"checkpoint {path} not found: give the folder of a run, or the checkpoint.pt in it.")
     try:
-        if zipfile.ZipFile(path).testzip():  # checksums, which torch does not look at
+        archive = zipfile.ZipFile(path)
+        compressed = any(entry.compress_type for entry in archive.infolist())  # torch never does: it might be endless
+        if compressed or archive.testzip():  # checksums, which torch does not look at
             raise ValueError
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not {"script", "iteration", "sizes", "weights", "args", "env_id", "env_kwargs", "g_eval"} <= content.keys():
+            raise ValueError
+        if not (isinstance(content["sizes"], dict) and isinstance(content["env_kwargs"], dict)):
             raise ValueError
     except Exception:  # zipfile and torch raise BadZipFile, RuntimeError, UnpicklingError, KeyError and more
         die(f"{path} is damaged, or no checkpoint of these scripts: take another.")
@@ -1111,25 +1123,29 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def set_up_torch(args: Args) -> torch.device:
-    """The device, and how many threads torch takes. Fills in the numbers of threads and workers in use."""
+    """The device; sets how many threads torch takes."""
     args.threads = args.threads or torch.get_num_threads()
     torch.set_num_threads(args.threads)
-    if args.workers is None:
-        args.workers = args.threads if args.threads > 1 else 0
     return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
-def load_model(content: dict, device: torch.device, bf16: bool) -> DecisionTransformer:
+def load_model(content: dict, device: torch.device, bf16: bool, dropout: float = 0.0) -> DecisionTransformer:
     """The network of a checkpoint. bf16: its matrix products in that precision, where the device has units for it."""
-    kind = content["sizes"].get("kind", "dt")
+    sizes, weights = content["sizes"], content["weights"]
+    kind = sizes.get("kind", "dt")
     if kind != DecisionTransformer.kind:
         program = Path(__file__).name if kind == "dt" else f"benchmark/{kind}.py"
-        die(f"the checkpoint holds a {kind}: {program} finetunes it.")
+        die(f"the checkpoint holds a {kind}: {program} takes it.")
     try:
-        model = DecisionTransformer(**content["sizes"])
-        model.load_state_dict(content["weights"])
-    except (TypeError, RuntimeError):
-        die(f"the checkpoint's weights do not fit its sizes {content['sizes']}: take another.")
+        found = {"obs_dim": len(weights["obs_mean"]), "act_dim": len(weights["mean_head.bias"])}
+        found |= {"embed_dim": len(weights["norm_in.bias"])}
+        found |= {"n_layers": sum(name.endswith(".norm1.bias") for name in weights)}
+        if not found.items() <= sizes.items() or sizes["n_heads"] < 1 or sizes["embed_dim"] % sizes["n_heads"]:
+            raise ValueError  # before memory is taken by the sizes' word
+        model = DecisionTransformer(**sizes, dropout=dropout)
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        die(f"the checkpoint's weights do not fit its sizes {sizes}: take another.")
     model.bf16 = bf16 and has_bf16(device)
     return model.to(device)
 
@@ -1149,38 +1165,60 @@ def run_facts(base: dict, args: Args) -> dict:
     return facts | dict(g_eval=args.g_online, c_online=args.c_online)
 
 
-def rollout_metrics(trajectories: list[Trajectory], steps: Steps, scores, keep, args: Args) -> dict[str, float]:
-    """The columns rollout/ of metrics.csv."""
-    returns = [trajectory.rewards.sum() for trajectory in trajectories]
-    lengths = [len(trajectory.rewards) for trajectory in trajectories]
+def group_metrics(steps: Steps, scores: np.ndarray, keep: np.ndarray, args: Args) -> dict[str, float]:
+    """Of the groups, columns rollout/ of metrics.csv."""
     lived = steps.real[:, args.c_online - 1 :].sum(1)  # (N,)
     return {
-        "rollout/return": np.mean(returns).item(),
-        "rollout/length": np.mean(lengths).item(),
         "rollout/sub_score": scores.mean().item(),
         "rollout/group_std": scores.reshape(-1, args.group_size).std(1).mean().item(),
         "rollout/kept": keep.mean().item(),
         "rollout/ended_early": (lived < args.l_traj + args.l_eval).mean().item(),
-        "rollout/env_steps": int(lived.sum()) + sum(lengths),
     }
 
 
-def time_metrics(clock: list[float], simulated: float) -> dict[str, float]:
-    """Seconds of the parts of an iteration, the columns time/ of metrics.csv."""
-    collected, rolled, updated = np.diff(clock).tolist()
-    parts = {"time/collect": collected, "time/simulate": simulated, "time/infer": rolled - simulated}
-    return parts | {"time/update": updated, "time/iteration": time.perf_counter() - clock[0]}
+def mean_losses(logged: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Of an iteration's updates, columns losses/ of metrics.csv: means, the largest ratio, and the first mean ratio,
+    which is 1."""
+    table = torch.stack([torch.stack(list(values.values())) for values in logged])
+    table = table.cpu().numpy()  # (updates, values); the only wait for the device
+    if not np.isfinite(table).all():
+        die("the loss is not finite: start a new run with a lower learning rate; the last checkpoint is kept.")
+    columns = dict(zip(logged[0], table.T))
+    losses = {f"losses/{name}": column.mean().item() for name, column in columns.items()}
+    if "ratio_mean" in columns:
+        losses["losses/ratio_max"] = columns["ratio_max"].max().item()
+        losses["losses/ratio_first"] = columns["ratio_mean"][0].item()
+    return losses
+
+
+def trajectory_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
+    """Of an iteration's full trajectories, columns rollout/ of metrics.csv."""
+    return {
+        "rollout/return": np.mean([trajectory.rewards.sum() for trajectory in trajectories]).item(),
+        "rollout/length": np.mean([len(trajectory.rewards) for trajectory in trajectories]).item(),
+        "rollout/terminated": np.mean([trajectory.terminated for trajectory in trajectories]).item(),
+    }
+
+
+def time_metrics(begun: float, simulated: float, rolled: float, simulated_then: float) -> dict[str, float]:
+    """Seconds of the parts of an iteration, columns time/ of metrics.csv: of clock and simulators when the iteration
+    began, and when its rollouts were done; the update has just ended."""
+    simulate = simulated_then - simulated
+    now = time.perf_counter()
+    parts = {"time/simulate": simulate, "time/infer": rolled - begun - simulate}
+    return parts | {"time/update": now - rolled, "time/iteration": now - begun}
 
 
 class Log:
     """metrics.csv and TensorBoard under the same names, args.json beside them, wandb behind --track, and a line an
     iteration on the console. A context manager; the run's folder belongs to it alone."""
 
-    def __init__(self, run_dir: Path, args: Args, rows: list[dict]):
-        """rows: those of a run that goes on. All is written anew, so what came after its checkpoint is gone."""
+    def __init__(self, run_dir: Path, args: Args, total: int, rows: list[dict]):
+        """total: iterations in all. rows: those of a run that goes on; all is written anew, so what came after its
+        checkpoint is gone."""
         self.lock = claim(run_dir, args)
-        self.iterations, self.path, self.rows = args.iterations, run_dir / "metrics.csv", rows
-        self.begun, self.before = time.time(), max(1, len(rows))  # row 0 is no iteration
+        self.path, self.total, self.rows, self.shown = run_dir / "metrics.csv", total, rows, []
+        self.begun, self.first = time.time(), rows[-1]["iteration"] if rows else 0
         packages = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "minari")
         installed = {each.name: each.version for each in importlib.metadata.distributions()}
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -1214,8 +1252,14 @@ class Log:
         self.rows.append(row)
         self.show(row)
         self.write()
-        seconds = (time.time() - self.begun) / max(1, len(self.rows) - self.before)
-        print(console_line(row, self.iterations, seconds), flush=True)
+        done = row["iteration"] - self.first
+        left = (self.total - row["iteration"]) * (time.time() - self.begun) / done if done else None
+        self.begun = self.begun if done else time.time()  # the evaluation before the first iteration is none
+        names = [name for name in CONSOLE if any(name in each for each in self.rows)]
+        if len(self.rows) % 20 == 1 or names != self.shown:
+            print("  iteration" + "".join(CONSOLE[name][0].rjust(8) for name in names), flush=True)
+        self.shown = names
+        print(console_line(row, names, self.total, left), flush=True)
 
     def write(self) -> None:
         """metrics.csv, whole; its columns are the names of all rows so far."""
@@ -1227,77 +1271,102 @@ class Log:
 
     def show(self, row: dict[str, float]) -> None:
         """In TensorBoard."""
-        for name, value in row.items():
-            self.writer.add_scalar(name, value, row["iteration"])
+        for name in row.keys() - {"iteration"}:
+            self.writer.add_scalar(name, row[name], row["iteration"])
 
 
-def console_line(row: dict[str, float], iterations: int, seconds: float) -> str:
-    """A row in some 100 characters; seconds: what an iteration takes."""
-    parts = [f"{row['iteration']:>4}/{iterations}"]
-    if "eval/return_mean" in row:
-        score = f" ({row['eval/normalized_score']:.1f})" if "eval/normalized_score" in row else ""
-        parts.append(f"eval {row['eval/return_mean']:,.0f}{score}")
-    if "rollout/return" in row:
-        parts.append(f"return {row['rollout/return']:,.0f}  kept {row['rollout/kept']:.2f}")
-    if "losses/loss" in row:
-        parts.append(f"ratio {row['losses/ratio_first']:.2f} max {row['losses/ratio_max']:.3g}")
-        parts.append(f"clip {row['losses/clip_fraction']:.2f}  H {row['losses/entropy']:.2f}")
-    if row["iteration"]:
-        minutes = round((iterations - row["iteration"]) * seconds / 60)
-        parts.append(f"{minutes // 60}:{minutes % 60:02} left")
-    return "  ".join(parts)
+CONSOLE = {
+    "eval/return_mean": ("eval", ",.0f"),
+    "eval/normalized_score": ("score", ".1f"),
+    "rollout/return": ("return", ",.0f"),
+    "rollout/kept": ("kept", ".2f"),
+    "losses/nll": ("nll", ".4g"),
+    "losses/action_mse": ("mse", ".4f"),
+    "losses/q_mean": ("Q", ".3g"),
+    "losses/explained_variance": ("V", ".2f"),
+    "losses/ratio_first": ("ratio", ".2f"),
+    "losses/ratio_max": ("max", ".3g"),
+    "losses/clip_fraction": ("clip", ".2f"),
+    "losses/entropy": ("H", ".2f"),
+}
+
+
+def console_line(row: dict[str, float], names: list[str], total: int, left: float | None) -> str:
+    """A row's values under the headings of `names`, of CONSOLE; left: seconds to the end."""
+    line = f"{row['iteration']}/{total}".rjust(11)
+    for name in names:
+        line += (format(row[name], CONSOLE[name][1]) if name in row else "").rjust(8)
+    if left is not None:
+        minutes = round(left / 60)
+        line += f"{minutes // 60}:{minutes % 60:02} left".rjust(12)
+    return line
 
 
 def choose_run_dir(args: Args) -> Path:
     """The folder of this run, yet to be made. Exits with a line rather than mix two runs in one folder."""
     name = f"{args.env_id}__{Path(__file__).stem}__{args.dataset_kind}__{args.seed}__{int(time.time())}-{os.getpid()}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{re.sub('[/:]', '_', name)}")
-    run_dir = run_dir.parent if run_dir.is_file() else run_dir  # --resume RUN_DIR/checkpoint.pt
-    if not args.resume and (run_dir / "checkpoint.pt").exists():
-        die(f"{run_dir} holds a run already: go on with --resume {run_dir}, or choose another --run-dir.")
+    if args.resume:  # --resume RUN_DIR/checkpoint.pt will do
+        return run_dir.parent if run_dir.is_file() else run_dir
+    foreign = any((run_dir / name).exists() for name in ("metrics.csv", "args.json"))
+    foreign = foreign and not (run_dir / ".lock").exists()  # a run that broke off before its first checkpoint has one
+    if run_dir.is_file() or foreign or (run_dir / "checkpoint.pt").exists():
+        die(f"{run_dir} holds a run or other files: go on with --resume {run_dir}, or choose another --run-dir.")
     return run_dir
+
+
+def hold(file, wait: bool) -> bool:
+    """Lock an open file for this process and for children that inherit it, until they end. False: another has it."""
+    with contextlib.suppress(ImportError):  # Windows has no fcntl
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            return False
+    return True
 
 
 def claim(run_dir: Path, args: Args):
     """Make the folder and hold it for this process, until that ends, however it ends."""
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = open(run_dir / ".lock", "w")
-    with contextlib.suppress(ImportError):  # Windows has no fcntl
-        import fcntl
-
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            die(f"another process is at work in {run_dir}: wait for it, or choose another --run-dir.")
+    if not hold(lock, wait=False):
+        die(f"another process is at work in {run_dir}: wait for it, or choose another --run-dir.")
     choose_run_dir(dataclasses.replace(args, run_dir=str(run_dir)))  # a run may have ended there since the first look
     return lock
 
 
 def pretrained_on_random(args: Args) -> Path:
-    """The run folder that is used where --pretrained is left out: pretrain_dt.py, run once on random data of this
-    environment for this width, kept under runs/pretrained: minutes on two cores at any width."""
+    """The run folder that is used where --pretrained is left out: pretrain_dt.py on random data of this environment,
+    for this width, context and seed, kept under runs/pretrained: minutes on two cores. What was broken off goes on."""
     context = args.c_online or paper_row(args.env_id, args.dataset_kind or "random")[1]["c_online"]
     # a context of c_online and small minibatches at a large rate: quick, and groups whose members differ
-    flags = dict(updates=900, batch_size=max(1, 128 // (3 * context - 1)), lr=1e-3, dataset_steps=30_000)
-    name = f"{re.sub('[/:]', '_', args.env_id)}__{args.embed_dim}__c{context}__u{flags['updates']}__{args.seed}"
+    recipe = dict(updates=900, batch_size=max(1, 128 // (3 * context - 1)), lr=1e-3, dataset_steps=30_000)
+    made_by = "-".join(f"{value:g}" for value in recipe.values())
+    name = f"{re.sub('[/:]', '_', args.env_id)}__{args.embed_dim}__c{context}__v2-{made_by}__{args.seed}"
     target = Path(f"runs/pretrained/{name}")
-    if (target / "checkpoint.pt").exists():
-        print(f"no --pretrained given: taking {target}, pretrained on random data", flush=True)
-        return target
-    print(f"no --pretrained given: pretraining on random data, to be kept as {target}", flush=True)
-    own = target.with_name(f"{target.name}.{os.getpid()}")  # parallel runs make their own, the first one stays
-    flags |= dict(env_id=args.env_id, embed_dim=args.embed_dim, seed=args.seed, run_dir=own)
-    flags |= dict(c_offline=context, c_online=context, device="auto" if args.cuda else "cpu")
-    flags |= {"threads": args.threads} if args.threads else {}
-    command = [sys.executable, str(Path(__file__).with_name("pretrain_dt.py")), "--bf16" if args.bf16 else "--no-bf16"]
-    command += [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
-    if subprocess.run(command).returncode:
-        shutil.rmtree(own, ignore_errors=True)
-        die("pretraining on random data failed, see above: mend it, or give --pretrained.")
-    try:
-        own.rename(target)
-    except OSError:  # another run was faster
-        shutil.rmtree(own)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{target}.lock", "w") as lock:  # the child holds it too: if this process dies, the next one waits for it
+        if not hold(lock, wait=False):
+            print(f"no --pretrained given: waiting for the process that makes {target}", flush=True)
+            hold(lock, wait=True)
+        begun = (target / "checkpoint.pt").exists()
+        if begun and load_checkpoint(target)["iteration"] >= recipe["updates"]:
+            print(f"no --pretrained given: taking {target}, pretrained on random data", flush=True)
+            return target
+        print(f"no --pretrained given: pretraining on random data in {target}", flush=True)
+        flags = dict(env_id=args.env_id, embed_dim=args.embed_dim, c_offline=context, c_online=context, seed=args.seed)
+        flags = dict(resume=target) if begun else recipe | flags | dict(run_dir=target)
+        flags |= {"threads": args.threads} if args.threads else {}
+        command = [sys.executable, str(Path(__file__).with_name("pretrain_dt.py")), "--save-data"]
+        command += ["--cuda" if args.cuda else "--no-cuda", "--bf16" if args.bf16 else "--no-bf16"]
+        command += [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
+        inherited = [lock.fileno()] if os.name == "posix" else []
+        if subprocess.run(command, pass_fds=inherited).returncode:
+            if not (target / "checkpoint.pt").exists():
+                shutil.rmtree(target, ignore_errors=True)
+            die("pretraining on random data failed, see above: mend it, or give --pretrained.")
     return target
 
 
@@ -1305,59 +1374,57 @@ def start(args: Args) -> dict:
     """The checkpoint to begin with, or to go on from. Fills `args` from the paper's row."""
     check_args(args)
     choose_run_dir(args)  # an occupied one is refused before minutes of pretraining
+    if not (args.resume or args.pretrained):
+        args.pretrained = str(pretrained_on_random(args))
     path = args.resume or args.pretrained
-    if not path:
-        with Simulators(make_env(args.env_id, {}), 1, 0):  # and so is a task that can't be reset to a state
-            path = pretrained_on_random(args)
     base = load_checkpoint(path)
     if base["env_id"] != args.env_id:
         die(f"{path} was pretrained in {base['env_id']}, not in {args.env_id}: give the one or the other.")
     if args.resume and base["iteration"] > args.iterations:
         die(f"{path} is at iteration {base['iteration']}: give --iterations {base['iteration']} or more.")
     args.embed_dim = base["sizes"]["embed_dim"]
-    if args.full_trajectories:  # Fig. 2a
-        args.l_traj, args.l_eval = make_env(args.env_id, base["env_kwargs"]).spec.max_episode_steps, 0
     fill_from_table(args, base["dataset_kind"], base["dataset_best_return"])
     return base
 
 
-def eval_only(args: Args) -> None:
-    """Evaluate the checkpoint --eval-only; nothing is written but the film."""
+def eval_only(args: Args, players) -> None:
+    """Evaluate the checkpoint --eval-only in `players`, which is Environments or Simulators; nothing is written but the
+    film."""
     check_args(args)
     content, folder = load_checkpoint(args.eval_only), Path(args.eval_only)
     model, env = load_model(content, set_up_torch(args), args.bf16), make_env(args.env_id, content["env_kwargs"])
     film_to = (folder.parent if folder.is_file() else folder) / "videos" if args.capture_video else None
-    with Simulators(env, args.eval_episodes, args.workers) as sims:
+    with players(env, args.eval_episodes) as sims:
         row = evaluate(model, sims, args, content["iteration"], film_to)
     shown = [f"{name[5:]} {value:,.1f}" for name, value in row.items() if name[:5] == "eval/" and value == value]
     print(f"evaluation: {', '.join(shown)} ({args.eval_episodes} episodes, g = {args.g_online:,.0f})", flush=True)
 
 
-MAY_BE_ZERO = ("seed", "l_eval", "delta_r", "beta", "weight_decay", "kappa_lr", "workers")
+MAY_BE_ZERO = ("seed", "l_eval", "delta_r", "beta", "weight_decay", "kappa_lr", "workers", "dropout", "gae_lambda")
+MAY_BE_ZERO += ("value_warmup", "critic_warmup", "target_noise")
+UP_TO_ONE = ("gamma", "gae_lambda", "tau", "dropout")
 
 
 def check_args(args: Args) -> None:
     """Exits with a line on values that cannot work, before anything is written."""
     for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        if value == "":
+            die(f"{flag} is empty: give a value, or leave it out.")
         if type(value) in (int, float):
             fits = value > 0 or (value == 0 and name in MAY_BE_ZERO) or name == "g_online"
-            if not (fits and math.isfinite(value)):
+            if not (fits and math.isfinite(value)) or (name in UP_TO_ONE and value > 1):
                 least = "" if name == "g_online" else ", 0 or more" if name in MAY_BE_ZERO else " above 0"
-                die(f"--{name.replace('_', '-')} is {value}: give a finite number{least}.")
-    if args.group_size < 2:
-        die(f"--group-size is {args.group_size}: an advantage is relative to a group, give 2 or more.")
-    saved = args.resume or args.eval_only
-    if args.full_trajectories and (args.mixed_groups or args.random_points):
-        die("--full-trajectories starts at first states: leave out --mixed-groups and --random-points.")
-    if args.full_trajectories and not saved and (args.l_traj, args.l_eval) != (None, None):
-        die("--full-trajectories plays to the time limit: leave out --l-traj and --l-eval.")
+                most = ", up to 1" if name in UP_TO_ONE else ""
+                die(f"{flag} is {value}: give a finite number{least}{most}.")
     if args.track and importlib.util.find_spec("wandb") is None:
         die("--track needs wandb: pip install wandb.")
 
 
 # What the saved state hangs on: may not change when a run goes on.
 FIXED = ("env_id", "pretrained", "dataset_kind", "embed_dim", "c_online", "l_traj", "kappa_initial", "run_dir")
-FIXED += ("hindsight", "full_trajectories", "mixed_groups", "ratio", "random_points")
+FIXED += ("hindsight", "full_trajectories", "mixed_groups", "ratio", "random_points", "n_layers", "n_heads")
+FIXED += ("value_dim", "value_norm", "critic_dim", "critic_norm", "reward_divisor")
 
 
 def parse_args(arguments: list[str] | None = None) -> Args:
@@ -1369,17 +1436,18 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     content = load_checkpoint(path)
     if args.resume and (args.eval_only or content["script"] != Path(__file__).stem):
         die(f"{path} is a run of {content['script']}.py: resume it with that script, without --eval-only.")
-    if args.resume and "env_steps" not in content:
-        die(f"{path} is of an older version: start a new run from its --pretrained.")
+    if args.resume and not isinstance(content.get("rows"), list):
+        die(f"{path} is of an older version: start a new run.")
     if ":" in content["env_id"] and args.env_id != content["env_id"]:  # gym.make would import what stands before it
         die(f"{path} imports a module, {content['env_id']}: if you trust it, give --env-id {content['env_id']}.")
     values = content["args"] | {"env_id": content["env_id"]}
     saved = Args(**{name: value for name, value in values.items() if name in vars(args)})
     if args.eval_only:
-        own = dict(g_online=content["g_eval"], c_online=content["c_online"], threads=None, workers=None)
+        own = dict(g_online=content["g_eval"], c_online=content["c_online"], threads=None)
         saved = dataclasses.replace(saved, **own, capture_video=False, resume=None)
     args = tyro.cli(Args, args=arguments, default=saved)
-    for name in FIXED if args.resume else ("env_id", "c_online", "embed_dim"):
+    names = FIXED if args.resume else ("env_id", "c_online", "embed_dim")
+    for name in [name for name in names if name in vars(args)]:
         old, new, flag = getattr(saved, name), getattr(args, name), "--" + name.replace("_", "-")
         if old != new:
             die(f"{path} was made with {flag} {old}, not {new}: leave {flag} out, or start a run of its own.")
@@ -1391,7 +1459,7 @@ if __name__ == "__main__":
         os.environ.setdefault("MUJOCO_GL", "egl")  # read when a camera is first made
     try:
         arguments = parse_args()
-        eval_only(arguments) if arguments.eval_only else main(arguments)
+        eval_only(arguments, Simulators) if arguments.eval_only else main(arguments)
     except SystemExit as stop:  # tyro's code for bad usage is 2
         raise SystemExit(1 if stop.code == 2 else stop.code) from None
     except KeyboardInterrupt:

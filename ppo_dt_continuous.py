@@ -17,8 +17,10 @@ Departures from the paper (docs/ppo_dt.md explains each under the same number):
   (7) D4RL's rules are put back where gymnasium-robotics 1.4.2 differs (docs/datasets.md)
 
 On a laptop: python ppo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 100
-In full:     python ppo_dt_continuous.py --env-id Hopper-v5 --pretrained runs/NAME/checkpoint.pt
+In full:     python ppo_dt_continuous.py --env-id Hopper-v5 --pretrained runs/NAME
 """
+
+from __future__ import annotations
 
 import contextlib
 import copy
@@ -36,7 +38,7 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -47,108 +49,72 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch.distributions import Normal, kl_divergence
 
-# Shapes: B minibatch, L = c_train steps, K context, S and A dimensions of observation and action, E embedding width,
-#         T steps of a full trajectory, M steps of all that are kept, padding included; in section 4 L counts tokens.
+# Shapes: N trajectories of T steps side by side, M steps of all that are kept, padding included; B minibatch of
+#         sub-trajectories of L = c_train steps, K context, S and A dimensions of observation and action, E embedding
+#         width.
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 2. Arguments and the paper's settings --------------------------------------------------------------------------
 
 DatasetKind = Literal["random", "medium", "medium-replay", "expert", "human", "cloned", "umaze", "diverse"]
 
 
 @dataclass
 class Args:
-    """Finetune a pretrained Decision Transformer online by PPO-DT. Fields left at None take the paper's row."""
+    """Finetune a pretrained Decision Transformer by PPO-DT. Fields left at None take the paper's row (ROWS)."""
 
-    env_id: str = "Hopper-v5"
-    """gymnasium or gymnasium-robotics id of the environment"""
-    pretrained: str | None = None
-    """checkpoint of pretrain_dt.py to start from [None: one is made from random data, in minutes, and kept]"""
-    dataset_kind: DatasetKind | None = None
-    """kind of data, picks the paper's row [None: that of the checkpoint]"""
-    embed_dim: int = 512
-    """E, width of the transformer"""
-    iterations: int = 500
-    """iterations, Algorithm 2's T"""
+    env_id: str = "Hopper-v5"  # an environment of gymnasium, gymnasium-robotics, or MODULE:ID of your own
+    pretrained: str | None = None  # run folder of pretrain_dt.py [None: made from random data, in minutes]
+    dataset_kind: DatasetKind | None = None  # kind of data, picks the paper's row [None: the checkpoint's]
+    embed_dim: int = 512  # E, width of the transformer that is made where --pretrained is left out
+    iterations: int = 500  # T of Algorithm 2
+    seed: int = 1  # seed of every random stream
 
-    n_trajectories: int | None = None
-    """full trajectories rolled out per iteration [None: the row]"""
-    replay_iterations: int = 4
-    """iterations for which full trajectories are kept"""
-    c_train: int | None = None
-    """c_train: steps per sub-trajectory [steps; None: the row]"""
-    gamma: float | None = None
-    """gamma: discount per step [None: the row]"""
-    gae_lambda: float | None = None
-    """lambda of GAE: 0 trusts the value network, 1 the returns [None: the row]"""
-    g_online: float | None = None
-    """g_online: initial return-to-go of rollouts and evaluations [raw reward units; None: the row]"""
-    c_online: int | None = None
-    """c_online: context length in evaluation and finetuning [steps; None: the row]"""
+    # Rollouts and advantages
+    n_trajectories: int | None = None  # K_PPO: full trajectories rolled out per iteration
+    replay_iterations: int = 4  # iterations for which full trajectories are kept
+    gamma: float | None = None  # discount per step
+    gae_lambda: float | None = None  # lambda of GAE: 0 trusts the value network, 1 the returns
+    g_online: float | None = None  # initial return-to-go of rollouts and evaluations [raw reward units]
+    c_online: int | None = None  # context length [steps]
 
-    n_batch: int | None = None
-    """n_batch: sub-trajectories per minibatch [None: the row]"""
-    n_minibatches: int = 8
-    """gradient updates per iteration"""
-    epsilon: float | None = None
-    """epsilon: clipping range of the importance ratio [None: the row]"""
-    beta: float = 1e-3
-    """beta: weight of the KL divergence to the reference policy"""
-    reference_every: int = 4
-    """the reference policy becomes the current one every so many updates"""
-    lr: float | None = None
-    """lr_policy, of LAMB: relative movement of a tensor per update [None: the row]"""
-    weight_decay: float = 1e-4
-    """weight decay, on every tensor as in ODT"""
-    max_grad_norm: float = 0.5
-    """bound of the global gradient norm"""
-    kappa_initial: float | None = None
-    """initial value of the entropy dual variable kappa [None: the row]"""
-    kappa_lr: float = 1e-4
-    """Adam's learning rate on log kappa"""
+    # Update
+    c_train: int | None = None  # c_train: steps per sub-trajectory
+    n_batch: int | None = None  # sub-trajectories per minibatch
+    n_minibatches: int = 8  # gradient updates per iteration
+    epsilon: float | None = None  # clipping range of the importance ratio
+    beta: float = 1e-3  # weight of the KL divergence to the reference policy
+    reference_every: int = 4  # the reference policy becomes the current one every so many updates
+    lr: float | None = None  # lr_policy, of LAMB: relative movement of a tensor per update
+    weight_decay: float = 1e-4  # weight decay, on every tensor as in ODT
+    max_grad_norm: float = 0.5  # bound of the global gradient norm
+    kappa_initial: float | None = None  # initial value of the entropy dual variable kappa
+    kappa_lr: float = 1e-4  # Adam's learning rate on log kappa
 
-    value_dim: int | None = None
-    """width of the value network's two hidden layers [None: the row]"""
-    value_norm: bool | None = None
-    """LayerNorm before the value network's activations [None: the row]"""
-    lr_value: float | None = None
-    """lr_value, of AdamW [None: the row]"""
-    value_warmup: int = 200
-    """updates of the value network alone, on the first trajectories' discounted returns, before anything else"""
+    # Value network
+    value_dim: int | None = None  # width of its two hidden layers
+    value_norm: bool | None = None  # LayerNorm before its activations
+    lr_value: float | None = None  # lr_value, of AdamW
+    value_warmup: int = 200  # its updates on the first trajectories' discounted returns, before anything else
 
-    hindsight: bool = False
-    """ablation, Fig. 1: the new log-probability sees the returns that were reached, the old one those asked for"""
+    # Ablation
+    hindsight: bool = False  # Fig. 1: new log-probabilities see the returns that were reached
 
-    eval_every: int = 10
-    """iterations between evaluations"""
-    eval_episodes: int = 10
-    """episodes of an evaluation"""
-
-    seed: int = 1
-    """seed of every random stream"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the network runs [auto: cuda if there is one]"""
-    bf16: bool = True
-    """bf16 matrix products where the hardware has units for it (AVX512-BF16, AMX, GPUs since Ampere)"""
-    threads: int | None = None
-    """CPU threads of torch [None: torch's choice, the number of cores]"""
-    run_dir: str | None = None
-    """folder of the run [None: runs/ENV__SCRIPT__KIND__SEED__TIME]"""
-    resume: str | None = None
-    """folder of a run to go on with; only its length, --device and --track may change"""
-    eval_only: str | None = None
-    """evaluate this checkpoint, or that in this folder, of any script here, and stop"""
-    capture_video: bool = False
-    """film the first evaluation episode into RUN_DIR/videos (needs moviepy and a GL library)"""
-    track: bool = False
-    """also log to Weights & Biases (needs wandb)"""
-    g_eval: float | None = None
-    """initial return-to-go of evaluations [raw; None: g_online, in pretraining the row's; reinformer has none]"""
+    # The run
+    eval_every: int = 10  # iterations between evaluations
+    eval_episodes: int = 10  # episodes of an evaluation
+    threads: int | None = None  # CPU threads of torch [None: torch's choice, or OMP_NUM_THREADS]
+    cuda: bool = True  # run the network on a GPU if there is one
+    bf16: bool = True  # bf16 matrix products where the hardware has units for it
+    run_dir: str | None = None  # folder of the run [None: runs/ENV__SCRIPT__KIND__SEED__TIME]
+    resume: str | None = None  # folder of a run to go on with; flags given with it hold from there on
+    eval_only: str | None = None  # evaluate the checkpoint in this folder, of any script here, and stop
+    capture_video: bool = False  # film each evaluation's first episode into RUN_DIR/videos (needs moviepy)
+    track: bool = False  # also log to Weights & Biases (needs wandb)
 
 
-# Table 7, what it says of all rows, and what Table 5 and the text say of locomotion and of the others. Keys:
+# Table 7, what its caption says of all rows, and what Table 5 and the text say of locomotion and of the others. Keys:
 # environment id up to the version, kind of data.
 COLUMNS = ("n_batch", "c_online", "g_online", "n_trajectories", "lr", "lr_value", "kappa_initial")
 COLUMNS += ("c_train", "value_dim", "value_norm", "epsilon", "gamma", "gae_lambda")
@@ -172,32 +138,590 @@ ROWS = {
 }
 
 
-def row_of(env_id: str, kind: str) -> tuple[str, str] | None:
-    """The key of the task's row: that of the kind of data, else of medium, cloned or umaze; None outside the table."""
+def paper_row(env_id: str, kind: str) -> tuple[str, dict]:
+    """What the row is, and its values: that of the task and the kind of data, else of medium, cloned or umaze; outside
+    the table that of Hopper, whose g_online means nothing there."""
     keys = [(task_of(env_id), each) for each in (kind, "medium", "cloned", "umaze")]
-    return next((key for key in keys if key in ROWS), None)
-
-
-def fill_from_table(args: Args, kind: str, best_return: float) -> str:
-    """Fill the fields of `args` that are None from the row of the task and the kind of data; returns a line about it.
-
-    A task outside the table gets Hopper's row and g_online = best + |best| of the dataset's returns.
-    """
-    args.dataset_kind = args.dataset_kind or kind
-    key = row_of(args.env_id, args.dataset_kind)
+    key = next((key for key in keys if key in ROWS), None)
     row = dict(zip(COLUMNS, ROWS[key or ("Hopper", "medium")]))
-    if key is None:
-        row["g_online"] = best_return + abs(best_return)
-    for field in (field for field in COLUMNS if getattr(args, field) is None):
-        setattr(args, field, row[field])
-    args.g_eval = args.g_online if args.g_eval is None else args.g_eval
-    source = f"row {' '.join(key)}" if key else f"no row for {args.env_id}: Hopper's, g_online from the best return"
-    return f"{source} ({args.dataset_kind} data): " + ", ".join(f"{name} {getattr(args, name):g}" for name in COLUMNS)
+    return " ".join(key) if key else "outside the table", row | ({} if key else {"g_online": None})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Environment
-# ---------------------------------------------------------------------------------------------------------------------
+def fill_from_table(args: Args, kind: str, best_return: float) -> None:
+    """Fill the fields that are None from the paper's row, and print what is in use. Outside the table g_online is
+    best + |best| of the dataset's returns."""
+    args.dataset_kind = args.dataset_kind or kind
+    source, row = paper_row(args.env_id, args.dataset_kind)
+    row["g_online"] = row["g_online"] or best_return + abs(best_return)
+    for name, value in row.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    values = ", ".join(f"{name} {getattr(args, name):g}" for name in COLUMNS)
+    print(f"row {source} ({args.dataset_kind} data): {values}", flush=True)
+
+
+# ---- 3. Model -------------------------------------------------------------------------------------------------------
+
+ACTION_LIMIT = 1.0 - 1e-6  # ODT's: actions stay inside (-1, 1), where atanh is finite
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # the standard deviation depends on the state, squashed into this range
+
+
+def squash(u: torch.Tensor) -> torch.Tensor:
+    """The action tanh(u), inside ODT's limits. That of a mean u is the median of the law. Departure (1)."""
+    return torch.tanh(u).clamp(-ACTION_LIMIT, ACTION_LIMIT)
+
+
+def log_prob(dist: Normal, u: torch.Tensor) -> torch.Tensor:
+    """log-density of the action tanh(u) for u ~ dist, summed over its dimensions: (..., A) -> (...)."""
+    log_slope = 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))  # log d tanh(u)/du, stable for large |u|
+    return (dist.log_prob(u) - log_slope).sum(-1)
+
+
+def attention(q, k, v, mask: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Softmax attention. q (B, heads, L', E / heads), k, v (B, heads, L, E / heads), mask (B or 1, 1, L', L)."""
+    if k.shape[2] > 3:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    # Few tokens: plain products take a fraction of the time of a kernel that is made for long sequences.
+    logits = (q.float().unsqueeze(3) * k.float().unsqueeze(2)).sum(-1)  # (B, heads, L', L)
+    logits = logits / q.shape[-1] ** 0.5
+    weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
+    weights = F.dropout(weights, dropout).unsqueeze(4)  # (B, heads, L', L, 1)
+    return (weights * v.float().unsqueeze(2)).sum(3)  # (B, heads, L', E / heads)
+
+
+class Block(nn.Module):
+    """Pre-LayerNorm transformer block: x += attention(LN x); x += MLP(LN x)."""
+
+    def __init__(self, embed_dim: int, n_heads: int, dropout: float):
+        super().__init__()
+        self.n_heads = n_heads
+        self.dropout = dropout
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.query = nn.Linear(embed_dim, embed_dim)
+        self.key_value = nn.Linear(embed_dim, 2 * embed_dim)
+        self.project = nn.Linear(embed_dim, embed_dim)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.up = nn.Linear(embed_dim, 4 * embed_dim)
+        self.down = nn.Linear(4 * embed_dim, embed_dim)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor, read: slice = slice(None)) -> torch.Tensor:
+        """x (B, L, E), mask (B or 1, 1, L, L) True where a query may look -> the tokens in `read` (B, L', E)."""
+        dropout = self.dropout if self.training else 0.0
+        h = self.norm1(x)
+        q = self.query(h[:, read].contiguous())  # (B, L', E); strided, it would round otherwise without gradients
+        k, v = self.key_value(h).chunk(2, dim=-1)  # (B, L, E) each
+        q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, E / heads)
+        h = attention(q, k, v, mask[:, :, read], dropout)
+        h = self.project(h.transpose(1, 2).flatten(2))  # (B, L', E)
+        x = x[:, read] + F.dropout(h, dropout)
+        h = self.down(F.silu(self.up(self.norm2(x))))
+        return x + F.dropout(h, dropout)
+
+
+class DecisionTransformer(nn.Module):
+    """ODT's stochastic Decision Transformer with the paper's Table 5.
+
+    Tokens (g_1, s_1, a_1, ..., g_K, s_K); the action of a step is read from its state token. Takes raw observations and
+    raw returns: their mean, std and scale are buffers, saved with the weights.
+    """
+
+    kind = "dt"
+
+    def __init__(self, obs_dim, act_dim, embed_dim=512, n_layers=4, n_heads=4, kind="dt", dropout=0.0):
+        super().__init__()
+        self.act_dim = act_dim
+        self.dropout = dropout
+        self.bf16 = False
+        self.embed_return = nn.Linear(1, embed_dim)
+        self.embed_observation = nn.Linear(obs_dim, embed_dim)
+        self.embed_action = nn.Linear(act_dim, embed_dim)
+        self.norm_in = nn.LayerNorm(embed_dim)
+        self.blocks = nn.ModuleList(Block(embed_dim, n_heads, dropout) for _ in range(n_layers))
+        self.norm_out = nn.LayerNorm(embed_dim)
+        self.mean_head = nn.Linear(embed_dim, act_dim)
+        self.log_std_head = nn.Linear(embed_dim, act_dim)
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
+        self.register_buffer("return_scale", torch.ones(()))
+        for layer in self.blocks.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)  # GPT-2's; embeddings keep PyTorch's
+                nn.init.zeros_(layer.bias)
+        for head in (self.mean_head, self.log_std_head):
+            nn.init.orthogonal_(head.weight)
+            nn.init.zeros_(head.bias)
+
+    def attention_mask(self, real: torch.Tensor, n_tokens: int) -> torch.Tensor:
+        """Causal, and blind to padded steps: (B, 1, L, L). real (B, K): False where a step is left padding."""
+        causal = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=real.device).tril()
+        visible = real.repeat_interleave(3, dim=1)[:, None, None, :n_tokens]  # (B, 1, 1, L)
+        itself = torch.eye(n_tokens, dtype=torch.bool, device=real.device)  # else a padded row sees nothing: NaN
+        return (causal & visible) | itself
+
+    def forward(self, observations, returns, actions, real, every_step: bool = False) -> Normal:
+        """Law of u at a window's last step, (B, A), or at every step, (B, K, A); the action is tanh(u).
+
+        observations (B, K, S) and returns (B, K): raw. actions (B, K, A) in [-1, 1]; the last one is not read.
+        real (B, K): False where a step is left padding.
+        """
+        n_tokens = 3 * returns.shape[1] - 1  # none for the last action, which is yet to be chosen
+        dropout = self.dropout if self.training else 0.0
+        s = self.embed_observation((observations - self.obs_mean) / self.obs_std)  # (B, K, E)
+        g = self.embed_return((returns * self.return_scale)[..., None])  # (B, K, E)
+        a = self.embed_action(actions)  # (B, K, E)
+        tokens = [g, s, a][:n_tokens]  # at context 1 without a, whose weights then have no gradient
+        x = torch.stack(tokens, dim=2).flatten(1, 2)[:, :n_tokens]  # (B, L, E); no positional embedding (B.1)
+        x = F.dropout(self.norm_in(x), dropout)
+        mask = self.attention_mask(real, n_tokens)
+        read = slice(1, None, 3) if every_step else slice(-1, None)  # the state tokens that actions are read from
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):  # departure (6)
+            for block in self.blocks[:-1]:
+                x = block(x, mask)
+            x = self.blocks[-1](x, mask, read)  # works out no more than is read
+        x = self.norm_out(x.float())  # (B, 1 or K, E)
+        x = x if every_step else x[:, 0]
+        spread = torch.tanh(self.log_std_head(x))
+        log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (spread + 1.0)
+        return Normal(self.mean_head(x), log_std.exp(), validate_args=False)
+
+    def conditioned_on(self, observations, returns, actions, real) -> torch.Tensor:
+        """The returns-to-go (B, K) that actions are conditioned on: those asked for. Takes what `forward` takes. A
+        model that predicts its own (benchmark/reinformer.py) puts that of the last step in place."""
+        return returns
+
+
+class ValueNetwork(nn.Module):
+    """V(s): an MLP of two hidden layers on the observation, normalised as for the transformer (Table 5)."""
+
+    def __init__(self, model: DecisionTransformer, width: int, norm: bool):
+        super().__init__()
+        self.norm = norm
+        self.hidden = nn.ModuleList([nn.Linear(len(model.obs_mean), width), nn.Linear(width, width)])
+        self.head = nn.Linear(width, 1)
+        self.register_buffer("obs_mean", model.obs_mean.clone())
+        self.register_buffer("obs_std", model.obs_std.clone())
+        self.register_buffer("center", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        """Raw observations (..., S) -> values (...), raw discounted reward."""
+        x = (observations - self.obs_mean) / self.obs_std
+        for layer in self.hidden:
+            x = layer(x)
+            x = F.silu(F.layer_norm(x, x.shape[-1:]) if self.norm else x)
+        return self.center + self.scale * self.head(x).squeeze(-1)  # departure (5)
+
+    def set_units(self, returns: torch.Tensor) -> None:
+        """Take mean and std of these discounted returns for zero and one. Returns that are all alike set no scale."""
+        std, mean = torch.std_mean(returns, correction=0)
+        self.center.copy_(mean)
+        self.scale.copy_(torch.where(std < 1e-3, 1.0, std))
+
+
+# ---- 4. Rollouts ----------------------------------------------------------------------------------------------------
+
+
+class Steps(NamedTuple):
+    """N rollouts of T steps side by side, behind the K - 1 steps before them: the window of step t is [t, t + K)."""
+
+    observations: np.ndarray  # (N, K - 1 + T, S)
+    returns: np.ndarray  # (N, K - 1 + T) the return-to-go that the action was conditioned on, raw
+    actions: np.ndarray  # (N, K - 1 + T, A) in [-1, 1]
+    real: np.ndarray  # (N, K - 1 + T) False: padding, or after the end
+    u: np.ndarray  # (N, T, A) before tanh: the action is tanh(u)
+    rewards: np.ndarray  # (N, T)
+    snapshots: np.ndarray  # (N, T, D) state of the simulator before each action, (N, 0, 0) if not asked for
+    terminated: np.ndarray  # (N,) whether the task ended it, not a limit
+    last_observation: np.ndarray  # (N, S) after the last step
+
+
+@torch.no_grad()
+def rollout(policy, sims, observations, g, noise, last, past=None, context=1, snapshots=False) -> Steps:
+    """Play `sims` side by side from `observations` (N, S) at returns-to-go g (N,), row i for last[i] steps at most.
+
+    noise (N, L, A): the first L steps sample, those after them take the mean action; L = 0 is an evaluation.
+    past: the K - 1 steps before, as the first four fields of Steps [None: padding].
+    """
+    n, sampled, act_dim = noise.shape
+    front = context - 1
+    total = int(last.max())
+    device = policy.obs_mean.device
+    g = g.astype(np.float64)  # astype copies: the caller's arrays stay as they are
+    observations = observations.astype(np.float64)
+    steps = Steps(
+        observations=np.zeros((n, front + total, observations.shape[1]), np.float32),
+        returns=np.zeros((n, front + total), np.float32),
+        actions=np.zeros((n, front + total, act_dim), np.float32),
+        real=np.zeros((n, front + total), bool),
+        u=np.zeros((n, total, act_dim), np.float32),
+        rewards=np.zeros((n, total)),
+        snapshots=np.zeros((n, total, sims.states.shape[1]) if snapshots else (n, 0, 0)),
+        terminated=np.zeros(n, bool),
+        last_observation=observations,
+    )
+    for field, before in zip(steps, past or ()):
+        field[:, :front] = before
+    alive = np.arange(n)
+    with torch.autocast(device.type, enabled=False):  # a bracket, so that the blocks' bf16 weights are made once
+        for t in range(total):
+            now = (alive, front + t)
+            steps.observations[now] = observations[alive]
+            steps.returns[now] = g[alive]
+            steps.real[now] = True
+            if snapshots:
+                steps.snapshots[alive, t] = sims.states[alive]
+            window = [torch.from_numpy(field[alive, t : t + context]).to(device) for field in steps[:4]]
+            window[1] = policy.conditioned_on(*window)
+            steps.returns[now] = window[1][:, -1].cpu()
+            dist = policy(*window)
+            u = dist.mean
+            if t < sampled:
+                u = u + dist.stddev * torch.from_numpy(noise[alive, t]).to(device)
+            steps.u[alive, t] = u.cpu()
+            steps.actions[now] = squash(u).cpu()
+            observations[alive], rewards, terminated, truncated = sims.step(alive, steps.actions[now])
+            steps.rewards[alive, t] = rewards
+            steps.terminated[alive] = terminated
+            g[alive] -= rewards  # g_{h+1} = g_h - r_h, never clamped
+            alive = alive[~terminated & ~truncated & (t + 1 < last[alive])]
+            if not len(alive):
+                break
+    return steps
+
+
+class Trajectory(NamedTuple):
+    """A row of Steps, cut at its end: T steps behind K - 1 steps of padding. Step h's window is [h, h + K)."""
+
+    observations: np.ndarray  # (K - 1 + T, S)
+    returns: np.ndarray  # (K - 1 + T,) return-to-go that the action was conditioned on, raw
+    actions: np.ndarray  # (K - 1 + T, A) in [-1, 1]
+    real: np.ndarray  # (K - 1 + T,) False: padding
+    u: np.ndarray  # (T, A) before tanh
+    rewards: np.ndarray  # (T,)
+    snapshots: np.ndarray  # (T, D), or (0, 0)
+    terminated: np.ndarray  # () whether the task ended it, not the time limit
+    last_observation: np.ndarray  # (S,) after the last step
+
+
+def draw_noise(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Standard normal, for all rows and steps, whoever lives: so nothing depends on who fell."""
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def collect(policy, sims, n: int, args: Args, rng: np.random.Generator, snapshots=False) -> list[Trajectory]:
+    """Line 2: n full trajectories side by side, with sampled actions, from g_online."""
+    observations = sims.reset(rng.integers(2**31, size=n))
+    noise = draw_noise(rng, n, sims.limit, policy.act_dim)
+    g, last = np.full(n, args.g_online), np.full(n, sims.limit)
+    steps = rollout(policy, sims, observations, g, noise, last, context=args.c_online, snapshots=snapshots)
+    trajectories = []
+    for i, length in enumerate(steps.real.sum(1)):
+        ends = [args.c_online - 1 + length] * 4 + [length] * 3
+        fields = [field[i, :end].copy() for field, end in zip(steps, ends)]
+        trajectories.append(Trajectory(*fields, np.array(steps.terminated[i]), steps.last_observation[i].copy()))
+    return trajectories
+
+
+def evaluate(policy, sims, args: Args, iteration: int, film_to: Path | None = None) -> dict[str, float]:
+    """Episodes with the mean action, from g_online: the columns eval/ of metrics.csv. The same (seed, iteration) plays
+    the same episodes, so a saved model scores what it scored in memory. film_to: a folder, for the first episode."""
+    begun = time.perf_counter()
+    seeds = np.random.default_rng([args.seed, iteration, 1]).integers(2**31, size=args.eval_episodes)
+    n = len(seeds)
+    g, last = np.full(n, args.g_online), np.full(n, sims.limit)
+    noise = np.zeros((n, 0, policy.act_dim), np.float32)
+    steps = rollout(policy, sims, sims.reset(seeds), g, noise, last, context=args.c_online)
+    if film_to:
+        film(sims.env, args.env_id, int(seeds[0]), steps.actions[0][steps.real[0]], film_to)
+    returns = steps.rewards.sum(1)
+    return {
+        "eval/return_mean": returns.mean().item(),
+        "eval/return_std": returns.std().item(),
+        "eval/length_mean": steps.real.sum(1).mean().item(),
+        "eval/normalized_score": normalized_score(args.env_id, returns.mean().item()),
+        "time/eval": time.perf_counter() - begun,
+    }
+
+
+# ---- 5. Advantage, loss, update -------------------------------------------------------------------------------------
+
+
+def gae(rewards: np.ndarray, values: np.ndarray, terminated: bool, gamma: float, lam: float) -> np.ndarray:
+    """Eq. 4: advantages (T,) of rewards (T,) and values (T + 1,) of the states before each action and after the last.
+
+    After a true end the last value counts as 0; after the time limit it stands for the rewards not seen.
+    """
+    following = values[1:].copy()  # (T,)
+    if terminated:
+        following[-1] = 0.0
+    delta = rewards + gamma * following - values[:-1]
+    advantages = np.zeros(len(rewards))
+    later = 0.0
+    for h in reversed(range(len(rewards))):
+        later = delta[h] + gamma * lam * later
+        advantages[h] = later
+    return advantages
+
+
+class Batch(NamedTuple):
+    """Sub-trajectories of L steps behind the K - 1 steps before them, windows as in Steps. Or M steps in one row."""
+
+    observations: torch.Tensor  # (B, K - 1 + L, S)
+    returns: torch.Tensor  # (B, K - 1 + L) raw; under --hindsight those that were reached
+    actions: torch.Tensor  # (B, K - 1 + L, A)
+    real: torch.Tensor  # (B, K - 1 + L) False: padding, or after the trajectory's end
+    u: torch.Tensor  # (B, L, A)
+    old_log_prob: torch.Tensor  # (B, L)
+    advantage: torch.Tensor  # (B, L) of Eq. 4, not normalised
+    value_target: torch.Tensor  # (B, L)
+
+
+def windows(steps: torch.Tensor, context: int) -> torch.Tensor:
+    """Every window of K consecutive steps: (B, K - 1 + L, ...) -> (B L, K, ...)."""
+    return steps.unfold(1, context, 1).movedim(-1, 2).flatten(0, 1)
+
+
+def distribution(model: DecisionTransformer, sub) -> Normal:
+    """The policy's law of u (B, L, A) at each step of `sub`, from the very window that the rollout saw."""
+    context = sub.real.shape[1] - sub.u.shape[1] + 1
+    dist = model(*(windows(field, context) for field in sub[:4]))  # B L windows of K steps
+    return Normal(dist.mean.view_as(sub.u), dist.stddev.view_as(sub.u), validate_args=False)
+
+
+def masked_mean(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Mean over the real steps: values and real of one shape."""
+    return (values * real).sum() / real.sum()
+
+
+def ppo_loss(model, reference, sub: Batch, kappa: torch.Tensor, args: Args) -> tuple[torch.Tensor, dict]:
+    """Minus Eq. 5 and minus the entropy term kappa H; and the values to log."""
+    real = sub.real[:, -sub.u.shape[1] :]  # (B, L)
+    mean = masked_mean(sub.advantage, real)
+    std = masked_mean((sub.advantage - mean) ** 2, real).sqrt()
+    advantage = (sub.advantage - mean) / (std + 1e-8)  # (B, L), line 5
+    dist = distribution(model, sub)
+    log_ratio = (log_prob(dist, sub.u) - sub.old_log_prob) * real  # (B, L), one per step
+    ratio = log_ratio.clamp(-20.0, 20.0).exp()  # departure (2)
+    clipped = ratio.clamp(1.0 - args.epsilon, 1.0 + args.epsilon)
+    surrogate = masked_mean(torch.min(ratio * advantage, clipped * advantage), real)  # Eq. 5
+
+    with torch.no_grad():
+        reference_dist = distribution(reference, sub)
+    kl = masked_mean(kl_divergence(dist, reference_dist).sum(-1), real)  # of u: tanh changes nothing
+    entropy = masked_mean(-log_prob(dist, dist.rsample()), real)  # estimated by one sample a step
+    loss = -(surrogate - args.beta * kl + kappa * entropy)  # Eq. 5 and the entropy constraint's Lagrangian
+    values = {"loss": loss, "surrogate": surrogate, "kl": kl, "entropy": entropy}
+    values["ratio_mean"] = masked_mean(ratio, real)
+    values["ratio_max"] = ratio.max()
+    values["clip_fraction"] = masked_mean((clipped != ratio).float(), real)
+    return loss, values
+
+
+class PPOLearner:
+    """Networks, reference, optimisers, entropy dual and buffer: all that an iteration's updates change."""
+
+    def __init__(self, model: DecisionTransformer, args: Args):
+        device = model.obs_mean.device
+        self.model = model.eval()  # no dropout in finetuning (Table 5)
+        self.args = args
+        self.updates = 0
+        self.reference = copy.deepcopy(model).requires_grad_(False)
+        self.optimizer = Lamb(model.parameters(), args.lr, args.weight_decay)
+        self.log_kappa = torch.tensor(math.log(args.kappa_initial), device=device, requires_grad=True)
+        self.dual = torch.optim.Adam([self.log_kappa], lr=args.kappa_lr)
+        torch.manual_seed(args.seed)  # of the value network's weights
+        self.value = ValueNetwork(model, args.value_dim, args.value_norm).to(device)
+        self.value_optimizer = torch.optim.AdamW(self.value.parameters(), args.lr_value)
+        self.replay: list[tuple[Trajectory, np.ndarray]] = []  # with old log-probabilities (T,)
+
+    @torch.no_grad()
+    def remember(self, trajectories: list[Trajectory]) -> None:
+        """Line 2: the trajectories enter the buffer, the first ones in it leave."""
+        for trajectory in trajectories:
+            fields = [torch.from_numpy(field)[None].to(self.log_kappa.device) for field in trajectory[:5]]
+            empty = torch.zeros(1, len(trajectory.rewards))
+            sub = Batch(*fields, empty, empty, empty)  # one sub-trajectory of T steps
+            # departure (4): by the update's own forward, so that before the first step the ratio is 1
+            old_log_prob = log_prob(distribution(self.model, sub), sub.u)  # (1, T)
+            self.replay.append((trajectory, old_log_prob[0].cpu().numpy()))
+        self.replay = self.replay[-self.args.replay_iterations * self.args.n_trajectories :]
+
+    @torch.no_grad()
+    def all_steps(self, lam: float) -> Batch:
+        """Line 3: every step kept with its advantage, in one row (M, ...): each trajectory between K - 1 steps of
+        padding and L - 1 more, so that a sub-trajectory and its windows are slices."""
+        args, device = self.args, self.log_kappa.device
+        front, back = args.c_online - 1, args.c_train - 1
+        rows = []
+        for trajectory, old_log_prob in self.replay:
+            states = np.vstack([trajectory.observations[front:], trajectory.last_observation]).astype(np.float32)
+            values = self.value(torch.from_numpy(states).to(device)).cpu().numpy()  # (T + 1,)
+            advantage = gae(trajectory.rewards, values, trajectory.terminated, args.gamma, lam)
+            target = advantage + values[:-1]  # of Eq. 6
+            observations, returns, actions, real, u = trajectory[:5]
+            if args.hindsight:
+                returns = np.pad(trajectory.rewards, (front, 0))[::-1].cumsum()[::-1]  # those that were reached
+            seen = [pad(field, 0, back) for field in (observations, returns, actions, real)]
+            rows.append(seen + [pad(field, front, back) for field in (u, old_log_prob, advantage, target)])
+        flat = [torch.from_numpy(np.concatenate(field)).to(device) for field in zip(*rows)]
+        return Batch(*(field.float() if field.is_floating_point() else field for field in flat))
+
+    def draw(self, flat: Batch, rng: np.random.Generator) -> Batch:
+        """Lines 4 and 5: n_batch sub-trajectories, each from a step drawn uniformly over all that are kept, which is a
+        trajectory drawn in proportion to its length."""
+        first = rng.choice(np.flatnonzero(flat.real.cpu()), size=self.args.n_batch)  # (B,), departure (3)
+        index = first[:, None] + np.arange(1 - self.args.c_online, self.args.c_train)  # (B, K - 1 + L)
+        index = torch.from_numpy(index).to(flat.real.device)
+        own = index[:, self.args.c_online - 1 :]  # (B, L)
+        return Batch(*(field[index] for field in flat[:4]), *(field[own] for field in flat[4:]))
+
+    def update_value(self, sub: Batch) -> torch.Tensor:
+        """A step on Eq. 6; returns the loss."""
+        length = sub.u.shape[1]
+        values = self.value(sub.observations[:, -length:])  # (B, L)
+        loss = masked_mean((values - sub.value_target) ** 2, sub.real[:, -length:])  # Eq. 6
+        self.value_optimizer.zero_grad()
+        loss.backward()
+        self.value_optimizer.step()
+        return loss
+
+    def warm_up_value(self, rng: np.random.Generator) -> None:
+        """Departure (5): before the first iteration, fit the value network to the discounted returns (lambda = 1)."""
+        flat = self.all_steps(1.0)
+        self.value.set_units(flat.value_target[flat.real])
+        for update in range(1, self.args.value_warmup + 1):
+            self.update_value(self.draw(flat, rng))
+            if update % 50 == 0:  # what lies beyond the time limit is the network's own estimate, better by now
+                flat = self.all_steps(1.0)
+
+    def update(self, rng: np.random.Generator) -> dict[str, float]:
+        """Lines 3 to 6: minibatches drawn from the buffer, a gradient step each; means of the values to log."""
+        args, logged = self.args, []
+        torch.manual_seed(int(rng.integers(2**31)))  # of the entropy's samples
+        flat = self.all_steps(args.gae_lambda)  # line 3
+        for _ in range(args.n_minibatches):
+            if self.updates % args.reference_every == 0:
+                self.reference.load_state_dict(self.model.state_dict())
+            sub = self.draw(flat, rng)
+            kappa = self.log_kappa.exp()
+            loss, values = ppo_loss(self.model, self.reference, sub, kappa.detach(), args)
+            self.optimizer.zero_grad()
+            loss.backward()
+            values["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+            self.optimizer.step()
+            # the dual of H >= rho, rho = -dim A: min over kappa >= 0 of kappa (H - rho)
+            self.dual.zero_grad()
+            (kappa * (values["entropy"].detach() + self.model.act_dim)).backward()
+            self.dual.step()
+            self.updates += 1
+            values["kappa"] = kappa
+            values["value_loss"] = self.update_value(sub)
+            logged.append({name: value.detach() for name, value in values.items()})
+        losses = mean_losses(logged)
+        target = flat.value_target[flat.real]
+        unexplained = flat.advantage[flat.real].var() / target.var().clamp(min=1e-8)
+        return losses | {"losses/explained_variance": 1.0 - unexplained.item()}
+
+    PARTS = ("model", "reference", "optimizer", "dual", "value", "value_optimizer")
+
+    def state(self) -> dict:
+        """What a resumed run needs."""
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        replay = [[torch.from_numpy(field) for field in (*trajectory, old)] for trajectory, old in self.replay]
+        return parts | dict(log_kappa=self.log_kappa.detach(), updates=self.updates, replay=replay)
+
+    def load_state(self, state: dict) -> None:
+        """Go on from what `state` gave, at the rates of the arguments."""
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.optimizer.param_groups[0].update(lr=self.args.lr, weight_decay=self.args.weight_decay)
+        self.dual.param_groups[0]["lr"] = self.args.kappa_lr
+        self.value_optimizer.param_groups[0]["lr"] = self.args.lr_value
+        self.log_kappa.data.copy_(state["log_kappa"])
+        self.updates = state["updates"]
+        for saved in state["replay"]:
+            *fields, old_log_prob = (field.numpy() for field in saved)
+            self.replay.append((Trajectory(*fields), old_log_prob))
+
+
+def pad(field: np.ndarray, before: int, after: int) -> np.ndarray:
+    """Zeros before and after the steps (T, ...)."""
+    return np.pad(field, [(before, after)] + [(0, 0)] * (field.ndim - 1))
+
+
+# ---- 6. Algorithm 2 -------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> Path:
+    """Algorithm 2; returns the run's folder."""
+    base = start(args)
+    model = load_model(base, set_up_torch(args), args.bf16)
+    run_dir = choose_run_dir(args)
+    env = make_env(args.env_id, base["env_kwargs"])
+    learner = PPOLearner(model, args)
+    iteration, env_steps, rows = 0, 0, []
+    if args.resume:
+        learner.load_state(base["learner"])
+        iteration, env_steps, rows = base["iteration"], base["env_steps"], base["rows"]
+    film_to = run_dir / "videos" if args.capture_video else None
+    size = max(args.n_trajectories, args.eval_episodes)
+    with Environments(env, size) as sims, Log(run_dir, args, args.iterations, rows) as log:
+        if not rows:  # the pretrained policy, before any update
+            log.add({"iteration": 0} | evaluate(model, sims, args, 0, film_to))
+        while iteration < args.iterations:
+            iteration += 1
+            rng = np.random.default_rng([args.seed, iteration])  # of all that is drawn in this iteration
+            clock = [time.perf_counter(), sims.seconds]
+            trajectories = collect(model, sims, args.n_trajectories, args, rng)  # line 2
+            clock += [time.perf_counter(), sims.seconds]
+            learner.remember(trajectories)  # line 2
+            if learner.updates == 0:
+                learner.warm_up_value(rng)  # departure (5)
+            row = {"iteration": iteration} | learner.update(rng)  # lines 3-6
+            row |= trajectory_metrics(trajectories) | time_metrics(*clock)
+            if iteration % args.eval_every == 0 or iteration == args.iterations:
+                row |= evaluate(model, sims, args, iteration, film_to)
+            env_steps += sum(len(each.rewards) for each in trajectories)
+            log.add(row | {"charts/env_steps": env_steps, "charts/gradient_updates": learner.updates})
+            content = dict(iteration=iteration, env_steps=env_steps, rows=log.rows, weights=model.state_dict())
+            content |= dict(learner=learner.state())
+            save_checkpoint(run_dir / "checkpoint.pt", run_facts(base, args) | content)
+    print(f"checkpoint: {run_dir / 'checkpoint.pt'}", flush=True)
+    return run_dir
+
+
+# What follows is machinery, which a first reading may skip: optimiser, environments, the run's folder.
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB (You et al. 2019) as ODT uses it: Adam's direction with both bias corrections, weight decay on every tensor,
+    rescaled to the norm of the tensor it moves. So a step moves each tensor by lr of its norm, unless that is 0."""
+
+    def __init__(self, params, lr: float, weight_decay: float, betas=(0.9, 0.999), eps: float = 1e-8):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, step=0))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step for every parameter that has a gradient: at context 1 the action embedding has none."""
+        for group in self.param_groups:
+            group["step"] += 1
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    self.state[p] = dict(m=torch.zeros_like(p), v=torch.zeros_like(p))
+                m = self.state[p]["m"].lerp_(p.grad, 1.0 - beta1)
+                v = self.state[p]["v"].lerp_(p.grad.square(), 1.0 - beta2)
+                m_hat = m / (1.0 - beta1 ** group["step"])
+                v_hat = v / (1.0 - beta2 ** group["step"])
+                direction = m_hat / (v_hat.sqrt() + group["eps"]) + group["weight_decay"] * p
+                trust = p.norm() / direction.norm()
+                trust = torch.where((trust > 0) & trust.isfinite(), trust, 1.0)  # a zero tensor: a plain step
+                p -= group["lr"] * trust * direction
+
+
+# ---- 7. Environments ------------------------------------------------------------------------------------------------
 
 # D4RL's reference returns (random policy, expert): score = 100 (R - min) / (max - min).
 REFERENCE_RETURNS = {
@@ -216,7 +740,7 @@ GOAL_KEYS = ("achieved_goal", "observation", "desired_goal")
 
 def task_of(env_id: str) -> str:
     """'AdroitHandDoor-v1' -> 'AdroitHandDoor', 'AntMaze_UMaze-v4' -> 'AntMaze': the key of the tables."""
-    task = env_id.split("/")[-1].rsplit("-v", 1)[0]
+    task = re.split("[/:]", env_id)[-1].rsplit("-v", 1)[0]
     return "AntMaze" if task.startswith("AntMaze_") else task
 
 
@@ -226,57 +750,50 @@ def normalized_score(env_id: str, returns: float) -> float:
     return 100.0 * (returns - low) / (high - low)
 
 
-def flatten_observation(observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
-    """One flat vector (..., S). A goal dictionary in the order of GOAL_KEYS (AntMaze: 31), so that the first 29 are
-    D4RL's layout (qpos, qvel)."""
-    if isinstance(observation, dict):
-        return np.concatenate([observation[key] for key in GOAL_KEYS], axis=-1)
-    return np.asarray(observation)
-
-
-def d4rl_rules(task: str, observation: np.ndarray, reward, terminated) -> tuple:
-    """Reward and termination by D4RL's rules, from those of gymnasium-robotics 1.4.2 and the observation (..., S) after
-    the step. Since 1.2.1 its door, hammer and relocate add 0.1 |hand - object| where D4RL subtracts it: taking it off
-    twice puts that right. D4RL's pen ends when it has fallen below 0.075 m; today's never does."""
-    if task == "AdroitHandDoor":
-        reward = reward - 0.2 * np.linalg.norm(observation[..., 35:38], axis=-1)  # palm - handle
-    elif task == "AdroitHandHammer":
-        reward = reward - 0.2 * np.linalg.norm(observation[..., 33:36] - observation[..., 36:39], axis=-1)
-    elif task == "AdroitHandRelocate":
-        reward = reward - 0.2 * np.linalg.norm(observation[..., 30:33], axis=-1)  # palm - ball
-    elif task == "AdroitHandPen":
-        terminated = terminated | (observation[..., 26] < 0.075)  # height of the pen
-    return reward, terminated
-
-
 class D4RLRules(gym.Wrapper):
-    """Flat observations, and D4RL's rewards and terminations where today's packages differ (docs/datasets.md)."""
+    """Flat observations, and D4RL's rewards and terminations where gymnasium-robotics 1.4.2 differs (docs/datasets.md).
+
+    Since 1.2.1 its door, hammer and relocate add 0.1 |hand - object| where D4RL subtracts it: taking it off twice puts
+    that right. D4RL's pen ends when it has fallen below 0.075 m; today's never does.
+    """
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        self.task = task_of(env.spec.id)
+        self.rules = env.spec.id  # the corrections are for -v1 ids: a -v2 would be right as it is
         if isinstance(env.observation_space, gym.spaces.Dict):
             size = sum(space.shape[0] for space in env.observation_space.values())
             self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float64)
 
+    def flat(self, observation) -> np.ndarray:
+        """A copy of its own (S,); a goal dictionary in the order of GOAL_KEYS, whose first 29 are D4RL's AntMaze."""
+        if isinstance(observation, dict):
+            observation = np.concatenate([observation[key] for key in GOAL_KEYS])
+        return np.array(observation, np.float64)
+
     def reset(self, **kwargs):
         observation, info = self.env.reset(**kwargs)
-        return flatten_observation(observation), info
+        return self.flat(observation), info
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
-        observation = flatten_observation(observation)
-        reward, terminated = d4rl_rules(self.task, observation, reward, terminated)
-        return observation, float(reward), bool(terminated), truncated, info
+        observation = self.flat(observation)
+        reward = np.asarray(reward, np.float64).item()  # some tasks give an array (1,)
+        if self.rules == "AdroitHandDoor-v1":
+            reward -= 0.2 * np.linalg.norm(observation[35:38])  # palm - handle
+        elif self.rules == "AdroitHandHammer-v1":
+            reward -= 0.2 * np.linalg.norm(observation[33:36] - observation[36:39])
+        elif self.rules == "AdroitHandRelocate-v1":
+            reward -= 0.2 * np.linalg.norm(observation[30:33])  # palm - ball
+        elif self.rules == "AdroitHandPen-v1":
+            terminated = terminated or observation[26] < 0.075  # height of the pen
+        return observation, reward, bool(terminated), bool(truncated), info
 
 
-def make_env(env_id: str, env_kwargs: dict | None = None, render_mode: str | None = None) -> gym.Env:
-    """The environment `env_id` under D4RL's rules, with flat observations.
-
-    Exits with a line if it is unknown or has no time limit, or if observations or actions are not a flat Box, that of
-    actions bounded.
-    """
-    task, kwargs = task_of(env_id), dict(env_kwargs or {})
+def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> gym.Env:
+    """The environment `env_id` under D4RL's rules, with flat observations. Exits with a line if it does not suit."""
+    task, kwargs = task_of(env_id), dict(env_kwargs)
+    if render_mode:
+        kwargs["render_mode"] = render_mode
     if task == "AdroitHandPen":
         kwargs["max_episode_steps"] = 100  # D4RL's; gymnasium-robotics gives 200
     if task == "AntMaze":
@@ -287,596 +804,78 @@ def make_env(env_id: str, env_kwargs: dict | None = None, render_mode: str | Non
 
         gym.register_envs(gymnasium_robotics)
     try:
-        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True, **kwargs)
+        env = gym.make(env_id, disable_env_checker=True, **kwargs)
     except Exception as error:  # gymnasium's errors, missing packages, and whatever a task's own code raises
         die(f"cannot make the environment {env_id}: {str(error) or repr(error)}. Name one such as Hopper-v5 or Ant-v4.")
     actions, seen = env.action_space, env.observation_space
     parts = seen.values() if isinstance(seen, gym.spaces.Dict) and {*seen} == {*GOAL_KEYS} else [seen]
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (*parts, actions)):
         die(f"{env_id} has actions {actions} and observations {seen}: both must be flat Boxes (goal keys may stay).")
-    if not np.all(np.isfinite([actions.low, actions.high])):
+    if not actions.is_bounded():
         die(f"{env_id} has unbounded actions {actions}: they are scaled between their bounds, so give it finite ones.")
     if env.spec.max_episode_steps is None:
         die(f"{env_id} has no time limit, so an episode might never end: register it with max_episode_steps.")
     return D4RLRules(env)
 
 
-def scale_action(action: np.ndarray, env: gym.Env) -> np.ndarray:
-    """From the network's [-1, 1] to the bounds of the environment."""
-    low, high = env.action_space.low, env.action_space.high
-    return low + (action + 1.0) * 0.5 * (high - low)
+def scale_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
+    """From the network's [-1, 1] to the bounds of the environment, in the type of its Box: (..., A)."""
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    return (low + (action + 1.0) * 0.5 * (high - low)).astype(space.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Model
-# ---------------------------------------------------------------------------------------------------------------------
-
-ACTION_LIMIT = 1.0 - 1e-6  # [1] ODT's: actions stay inside (-1, 1), where atanh is finite
-LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # [2] state-dependent, squashed into this range
-
-
-class SquashedGaussian:
-    """The distribution of tanh(u) with u ~ N(mean, std^2), independent per dimension. mean, log_std: (..., A)."""
-
-    def __init__(self, mean: torch.Tensor, log_std: torch.Tensor):
-        self.mean, self.log_std = mean, log_std
-
-    def mode(self) -> torch.Tensor:
-        """The deterministic action tanh(mean): the median of the law, not its expectation. Departure (1)."""
-        return torch.tanh(self.mean).clamp(-ACTION_LIMIT, ACTION_LIMIT)  # (..., A)
-
-    def sample(self, noise: torch.Tensor) -> torch.Tensor:
-        """The pre-tanh sample u (..., A) for standard normal `noise`; differentiable. The action is tanh(u)."""
-        return self.mean + self.log_std.exp() * noise
-
-    def log_prob(self, u: torch.Tensor) -> torch.Tensor:
-        """log-density of the action tanh(u), summed over its dimensions: (...)."""
-        normal = -0.5 * ((u - self.mean) * (-self.log_std).exp()) ** 2 - self.log_std - 0.5 * math.log(2 * math.pi)
-        log_slope = 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))  # [3] log d tanh(u)/du, stable for large |u|
-        return (normal - log_slope).sum(-1)
-
-    def entropy(self, noise: torch.Tensor) -> torch.Tensor:
-        """Entropy, estimated by one differentiable sample: (...)."""
-        return -self.log_prob(self.sample(noise))  # [4]
+def film(env: gym.Env, env_id: str, seed: int, actions: np.ndarray, folder: Path) -> None:
+    """Play the episode of `seed` again in a twin of `env`, by its actions (T, A), before a camera."""
+    try:
+        camera = make_env(env_id, env.unwrapped.spec.kwargs, "rgb_array")
+        camera = gym.wrappers.RecordVideo(camera, str(folder), lambda episode: True, name_prefix=f"seed-{seed}")
+        camera.reset(seed=seed)
+        for action in actions:
+            camera.step(scale_action(action, env.action_space))
+        camera.close()
+    except Exception as error:  # moviepy missing, no GL library, no display: each raises its own
+        die(f"cannot film {env_id}: {error}. It needs moviepy (pip install moviepy) and a GL library (MUJOCO_GL=egl).")
+    print(f"film: {folder}", flush=True)
 
 
-class Linear(nn.Linear):
-    """A linear layer whose product runs in `compute_dtype`: in bf16 it uses the matrix units. Weights stay in fp32."""
+class Environments:
+    """N environments of one kind, played side by side in this process. A context manager: leaving it closes them."""
 
-    compute_dtype = torch.float32
+    def __init__(self, env: gym.Env, size: int):
+        """env: of make_env, the first of them; the others are made like it."""
+        kwargs = env.unwrapped.spec.kwargs
+        self.env, self.envs = env, [env, *(make_env(env.spec.id, kwargs) for _ in range(size - 1))]
+        self.limit, self.space, self.seconds = env.spec.max_episode_steps, env.action_space, 0.0
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = self.compute_dtype
-        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
-
-
-class Block(nn.Module):
-    """Pre-LayerNorm transformer block: x += attention(LN x); x += MLP(LN x)."""
-
-    def __init__(self, embed_dim: int, n_heads: int, dropout: float):
-        super().__init__()
-        self.n_heads, self.dropout = n_heads, dropout
-        self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
-        self.query, self.key_value = Linear(embed_dim, embed_dim), Linear(embed_dim, 2 * embed_dim)
-        self.project = Linear(embed_dim, embed_dim)
-        self.up, self.down = Linear(embed_dim, 4 * embed_dim), Linear(4 * embed_dim, embed_dim)
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor, read: slice = slice(None)) -> torch.Tensor:
-        """x (B, L, E), mask (B or 1, 1, L, L) True where a query may look -> the tokens in `read` (B, L', E)."""
-        drop = self.dropout if self.training else 0.0
-        h = self.norm1(x)
-        q = self.query(h[:, read].contiguous())  # (B, L', E); strided, it would round otherwise without gradients
-        k, v = self.key_value(h).chunk(2, dim=-1)  # (B, L, E) each
-        q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, E / heads)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :, read], dropout_p=drop)
-        h = self.project(h.transpose(1, 2).flatten(2))  # (B, L', E)
-        x = x[:, read] + F.dropout(h, drop)
-        return x + F.dropout(self.down(F.silu(self.up(self.norm2(x)))), drop)
-
-
-class DecisionTransformer(nn.Module):
-    """ODT's stochastic Decision Transformer with the paper's Table 5, or Reinformer as a variant of it.
-
-    dt: tokens (g_1, s_1, a_1, ..., g_K, s_K); the action is read from the state token.
-    reinformer: tokens (s_1, g_1, a_1, ..., s_K, g_K); the return is read from the state token, the action from g's.
-    Either way the action is read from a step's second token. Nothing can read the last action token, so there is none.
-    Takes raw observations and raw returns: their mean, std and scale are buffers, saved with the weights.
-    """
-
-    def __init__(self, obs_dim, act_dim, embed_dim=512, n_layers=4, n_heads=4, kind="dt", dropout=0.0):
-        super().__init__()
-        self.kind, self.act_dim, self.dropout = kind, act_dim, dropout
-        self.sizes = dict(obs_dim=obs_dim, act_dim=act_dim, embed_dim=embed_dim, n_layers=n_layers, n_heads=n_heads)
-        self.sizes["kind"] = kind
-        self.embed_return = nn.Linear(1, embed_dim)
-        self.embed_observation = nn.Linear(obs_dim, embed_dim)
-        self.embed_action = nn.Linear(act_dim, embed_dim)
-        self.norm_in = nn.LayerNorm(embed_dim)
-        self.blocks = nn.ModuleList(Block(embed_dim, n_heads, dropout) for _ in range(n_layers))
-        self.norm_out = nn.LayerNorm(embed_dim)
-        self.mean_head, self.log_std_head = nn.Linear(embed_dim, act_dim), nn.Linear(embed_dim, act_dim)
-        self.return_head = nn.Linear(embed_dim, 1) if kind == "reinformer" else None
-        self.register_buffer("obs_mean", torch.zeros(obs_dim))
-        self.register_buffer("obs_std", torch.ones(obs_dim))
-        self.register_buffer("return_scale", torch.ones(()))
-        for layer in (layer for block in self.blocks for layer in block.modules() if isinstance(layer, Linear)):
-            nn.init.normal_(layer.weight, std=0.02)  # [5] GPT-2's; embeddings and return head keep PyTorch's
-            nn.init.zeros_(layer.bias)
-        for head in (self.mean_head, self.log_std_head):
-            nn.init.orthogonal_(head.weight)
-            nn.init.zeros_(head.bias)
-
-    def use_precision(self, dtype: torch.dtype) -> "DecisionTransformer":
-        """Run the matrix products of the blocks in `dtype`."""
-        for layer in self.modules():
-            if isinstance(layer, Linear):
-                layer.compute_dtype = dtype
+    def __enter__(self) -> Environments:
         return self
 
-    def attention_mask(self, real: torch.Tensor | None, n_tokens: int, device: torch.device) -> torch.Tensor:
-        """Causal, and blind to padded steps: (B or 1, 1, L, L). real (B, K): False where a step is left padding."""
-        causal = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).tril()[None, None]
-        if real is None:
-            return causal
-        visible = real.repeat_interleave(3, dim=1)[:, None, None, :n_tokens]  # (B, 1, 1, L)
-        itself = torch.eye(n_tokens, dtype=torch.bool, device=device)  # [6] else a padded row sees nothing: NaN
-        return (causal & visible) | itself
+    def __exit__(self, *_) -> None:
+        for env in self.envs:
+            env.close()
 
-    def forward(self, observations, returns, actions, real=None) -> tuple[SquashedGaussian, torch.Tensor | None]:
-        """Distribution of each step's action, (B, K, A), and the returns (B, K) that reinformer predicts (dt: None).
+    def reset(self, seeds: np.ndarray) -> np.ndarray:
+        """A new episode from each of `seeds` (n,) in the first n environments: observations (n, S)."""
+        return np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds)])
 
-        observations (B, K, S) and returns (B, K): raw. actions (B, K - 1, A) in [-1, 1]: those before the last step.
-        real (B, K): False where a step is left padding [None: nowhere].
-        """
-        context, drop = returns.shape[1], self.dropout if self.training else 0.0
-        # [7] No positional or time-step embedding: order is known through the causal mask alone (Appendix B.1).
-        s = self.embed_observation((observations - self.obs_mean) / self.obs_std)  # (B, K, E)
-        g = self.embed_return((returns * self.return_scale)[..., None])  # (B, K, E)
-        slots = [g, s] if self.kind == "dt" else [s, g]
-        if context > 1:  # [8] the slot of the last action is cut off below: nothing could read it
-            slots.append(F.pad(self.embed_action(actions), (0, 0, 0, 1)))
-        x = torch.stack(slots, dim=2).flatten(1, 2)[:, : 3 * context - 1]  # (B, L, E), L = 3 K - 1
-        x = F.dropout(self.norm_in(x), drop)
-        mask = self.attention_mask(real, x.shape[1], x.device)
-        for block in self.blocks[:-1]:
-            x = block(x, mask)
-        # [9] The last block works out only what is read from it. dt: second tokens; reinformer: first and second.
-        if self.kind == "dt":
-            action_tokens = self.norm_out(self.blocks[-1](x, mask, slice(1, None, 3)))  # (B, K, E)
-            predicted_returns = None
-        else:
-            x = self.norm_out(self.blocks[-1](x, mask))
-            state_tokens, action_tokens = x[:, 0::3].contiguous(), x[:, 1::3].contiguous()  # (B, K, E)
-            predicted_returns = self.return_head(state_tokens).squeeze(-1) / self.return_scale  # (B, K), raw
-        spread = torch.tanh(self.log_std_head(action_tokens))
-        log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (spread + 1.0)
-        return SquashedGaussian(self.mean_head(action_tokens), log_std), predicted_returns
-
-    def act(self, observations, returns, actions, real=None) -> tuple[SquashedGaussian, torch.Tensor]:
-        """Distribution of the window's last action, (B, A), and the return-to-go (B,) that it is conditioned on:
-        the given one for dt; reinformer first predicts it, then acts on it. Takes what `forward` takes."""
-        if self.kind == "reinformer":
-            _, predicted = self(observations, returns, actions, real)
-            returns = torch.cat([returns[:, :-1], predicted[:, -1:]], dim=1)
-        dist, _ = self(observations, returns, actions, real)
-        return SquashedGaussian(dist.mean[:, -1], dist.log_std[:, -1]), returns[:, -1]
+    def step(self, rows: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Step environments `rows` (n,) by actions (n, A) in [-1, 1]: observations (n, S), and rewards, terminated,
+        truncated (n,) each."""
+        begun = time.perf_counter()
+        outcomes = [self.envs[i].step(action)[:4] for i, action in zip(rows, scale_action(actions, self.space))]
+        observations, rewards, terminated, truncated = (np.array(each) for each in zip(*outcomes))
+        if not (np.isfinite(rewards).all() and np.isfinite(observations).all()):
+            die("a reward or observation is not finite: start a new run with another --seed.")
+        self.seconds += time.perf_counter() - begun
+        return observations, rewards, terminated, truncated
 
 
-class ValueNetwork(nn.Module):
-    """V(s): an MLP of two hidden layers on the observation, normalised as for the transformer (Table 5)."""
-
-    def __init__(self, model: DecisionTransformer, width: int, norm: bool):
-        super().__init__()
-        self.hidden = nn.ModuleList([nn.Linear(len(model.obs_mean), width), nn.Linear(width, width)])
-        self.head, self.norm = nn.Linear(width, 1), norm
-        self.register_buffer("obs_mean", model.obs_mean.clone())
-        self.register_buffer("obs_std", model.obs_std.clone())
-        self.register_buffer("center", torch.zeros(()))
-        self.register_buffer("scale", torch.ones(()))
-
-    def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        """Raw observations (..., S) -> values (...), raw discounted reward."""
-        x = (observations - self.obs_mean) / self.obs_std
-        for layer in self.hidden:
-            x = layer(x)
-            x = F.silu(F.layer_norm(x, x.shape[-1:]) if self.norm else x)
-        return self.center + self.scale * self.head(x).squeeze(-1)  # [13] departure (5)
-
-    def set_units(self, returns: torch.Tensor) -> None:
-        """Take mean and std of these discounted returns for zero and one. Returns that are all alike set no scale."""
-        std, mean = torch.std_mean(returns, correction=0)
-        self.center.copy_(mean)
-        self.scale.copy_(torch.where(std < 1e-3, 1.0, std))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Buffers
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Episode(NamedTuple):
-    """A full trajectory of T steps behind K - 1 steps of padding: step h's window is [h, h + K) of the first four."""
-
-    observations: np.ndarray  # (K - 1 + T, S)
-    returns: np.ndarray  # (K - 1 + T,) return-to-go that the action was conditioned on, raw
-    actions: np.ndarray  # (K - 1 + T, A) in [-1, 1]
-    real: np.ndarray  # (K - 1 + T,) False: padding
-    u: np.ndarray  # (T, A) pre-tanh samples: the action is tanh(u)
-    rewards: np.ndarray  # (T,)
-    last_observation: np.ndarray  # (S,) after the last action
-    terminated: np.ndarray  # () True: a true end, False: the time limit
-
-
-class TokenBatch(NamedTuple):
-    """Sub-trajectories of L steps behind the K - 1 steps before them, windows as in Episode. Or M steps in one row."""
-
-    observations: torch.Tensor  # (B, K - 1 + L, S)
-    returns: torch.Tensor  # (B, K - 1 + L) raw
-    actions: torch.Tensor  # (B, K - 1 + L, A)
-    real: torch.Tensor  # (B, K - 1 + L) False: padding, or after the trajectory's end
-    new_returns: torch.Tensor  # (B, K - 1 + L) what the new log-probability sees: `returns`, but for --hindsight
-    u: torch.Tensor  # (B, L, A) pre-tanh samples: the action is tanh(u)
-    old_log_prob: torch.Tensor  # (B, L)
-    advantage: torch.Tensor  # (B, L) of Eq. 4, not normalised
-    value_target: torch.Tensor  # (B, L)
-
-
-def windows(steps: torch.Tensor, context: int) -> torch.Tensor:
-    """Every window of K consecutive steps: (B, K - 1 + L, ...) -> (B L, K, ...)."""
-    return steps.unfold(1, context, 1).movedim(-1, 2).flatten(0, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Rollouts
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class History:
-    """What B rollouts side by side have seen, step by step, after K - 1 steps of padding: a window is the last K."""
-
-    def __init__(self, batch: int, context: int, obs_dim: int, act_dim: int):
-        padding = context - 1
-        self.context = context
-        self.observations = [np.zeros((batch, obs_dim), np.float32)] * padding
-        self.returns = [np.zeros(batch, np.float32)] * padding  # returns-to-go, raw
-        self.actions = [np.zeros((batch, act_dim), np.float32)] * padding  # in [-1, 1]
-        self.real = [np.zeros(batch, bool)] * padding  # False: padding, or over
-
-    def act(self, policy, rows: np.ndarray, observations: np.ndarray, returns: np.ndarray) -> SquashedGaussian:
-        """One step more, of which `rows` (b,) see their part of observations (B, S) and returns (B,): the distributions
-        (b, A) of their actions. The actions taken are to be written into `actions[-1]`."""
-        self.observations.append(observations.astype(np.float32))
-        self.returns.append(returns.astype(np.float32))
-        self.actions.append(np.zeros((len(returns), policy.act_dim), np.float32))
-        self.real.append(np.isin(np.arange(len(returns)), rows))
-        # [16] few batch sizes, for oneDNN builds a kernel for each: multiples of 32, by repeated rows
-        padded = np.resize(rows, min(len(rows) + -len(rows) % 32, len(returns)))
-        steps = (self.observations, self.returns, self.actions, self.real)
-        seen = [np.stack(each[-self.context :], axis=1)[padded] for each in steps]  # (b, K, ...) each
-        seen[2] = seen[2][:, :-1]  # the last action is yet to be chosen
-        dist, used = policy.act(*(torch.from_numpy(each).to(policy.obs_mean.device) for each in seen))
-        self.returns[-1][rows] = used[: len(rows)].cpu().numpy()  # reinformer: the predicted one stays in the window
-        return SquashedGaussian(dist.mean[: len(rows)], dist.log_std[: len(rows)])
-
-
-def rollout_copy(model: DecisionTransformer) -> DecisionTransformer:
-    """A copy to act with: no dropout, no gradients, and the block weights already in the precision of the products."""
-    policy = copy.deepcopy(model).eval().requires_grad_(False)
-    for layer in policy.modules():
-        if isinstance(layer, Linear):
-            layer.to(layer.compute_dtype)
-    return policy
-
-
-@torch.no_grad()
-def evaluate(
-    model: DecisionTransformer, envs: list[gym.Env], g_start: float, context: int, seeds: list[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One episode in each of `envs`, side by side, with the deterministic action, from return-to-go g_start (raw):
-    returns, lengths and last x-positions [meters; NaN where the environment reports none], (B,) each."""
-    policy, count = rollout_copy(model), len(envs)
-    observations = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])  # (B, S)
-    history, alive = History(count, context, observations.shape[1], policy.act_dim), np.arange(count)
-    returns, lengths, distances = np.zeros(count), np.zeros(count, int), np.full(count, np.nan)
-    while len(alive):
-        dist = history.act(policy, alive, observations, g_start - returns)  # [10] g_{h+1} = g_h - r_h, not clamped
-        history.actions[-1][alive] = dist.mode().cpu().numpy()
-        going = []
-        for i in alive:
-            action = scale_action(history.actions[-1][i], envs[i])
-            observations[i], reward, terminated, truncated, info = envs[i].step(action)
-            returns[i], lengths[i] = returns[i] + reward, lengths[i] + 1
-            distances[i] = info.get("x_position", np.nan)
-            going.append(not (terminated or truncated))
-        alive = alive[going]
-    return returns, lengths, distances
-
-
-@torch.no_grad()
-def collect_episodes(
-    policy: DecisionTransformer, envs: list[gym.Env], args: Args, iteration: int
-) -> tuple[list[Episode], float]:
-    """One full trajectory in each of `envs`, side by side, with sampled actions, from g_online; and the seconds of it
-    that the environments took."""
-    count, seconds = len(envs), 0.0
-    seeds = [stream(args.seed, iteration, f"episode {i}") for i in range(count)]
-    observations = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])  # (B, S)
-    history = History(count, args.c_online, observations.shape[1], policy.act_dim)
-    rng = torch.Generator().manual_seed(stream(args.seed, iteration, "actions of full trajectories"))
-    g, alive = np.full(count, args.g_online), np.arange(count)
-    u, rewards, terminated, over = [], [[] for _ in envs], np.zeros(count, bool), np.zeros(count, bool)
-    while len(alive):
-        dist = history.act(policy, alive, observations, g)
-        noise = torch.randn(count, policy.act_dim, generator=rng)  # [14] for all rows, whoever is still going
-        sample = dist.sample(noise[alive].to(policy.obs_mean.device))
-        u.append(np.zeros((count, policy.act_dim), np.float32))
-        u[-1][alive], history.actions[-1][alive] = sample.cpu().numpy(), squash(sample).cpu().numpy()
-        begun = time.time()
-        for i in alive:
-            action = scale_action(history.actions[-1][i], envs[i])
-            observations[i], reward, terminated[i], truncated, _ = envs[i].step(action)
-            over[i] = terminated[i] or truncated
-            rewards[i].append(reward)
-            g[i] -= reward  # [10] not clamped
-        seconds += time.time() - begun
-        if not (np.isfinite(g).all() and np.isfinite(observations).all()):
-            die(f"a reward or observation is not finite in iteration {iteration}: start a new run with another --seed.")
-        alive = alive[~over[alive]]
-    seen, u = recorded(history, len(u)), np.stack(u, axis=1)  # (B, T, A)
-    episodes = []
-    for i, each in enumerate(rewards):
-        past = [field[i, : args.c_online - 1 + len(each)] for field in seen]
-        episodes.append(
-            Episode(*past, u[i, : len(each)], np.array(each), observations[i].copy(), np.array(terminated[i]))
-        )
-    return episodes, seconds
-
-
-def recorded(history: History, steps: int) -> list[np.ndarray]:
-    """Observations, returns, actions and flags of the padding and the first `steps` steps: (B, K - 1 + steps, ...)."""
-    fields = (history.observations, history.returns, history.actions, history.real)
-    return [np.stack(field[: history.context - 1 + steps], axis=1) for field in fields]
-
-
-def squash(u: torch.Tensor) -> torch.Tensor:
-    """The action of the pre-tanh sample u, inside ODT's limits."""
-    return torch.tanh(u).clamp(-ACTION_LIMIT, ACTION_LIMIT)
-
-
-def gae(rewards: np.ndarray, values: np.ndarray, terminated: bool, gamma: float, lam: float) -> np.ndarray:
-    """Eq. 4: advantages (T,) of rewards (T,) and values (T + 1,) of the states before each action and after the last.
-
-    After a true end the last value counts as 0; after the time limit it stands for the rewards not seen.
-    """
-    following = np.append(values[1:-1], 0.0 if terminated else values[-1])  # (T,)
-    delta, advantages, later = rewards + gamma * following - values[:-1], np.zeros(len(rewards)), 0.0
-    for h in reversed(range(len(rewards))):
-        advantages[h] = later = delta[h] + gamma * lam * later
-    return advantages
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Loss and update
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al. 2019) as ODT uses it: Adam's direction with both bias corrections, weight decay on every tensor,
-    rescaled to the norm of the tensor it moves. So a step moves each tensor by lr of its norm, unless that is 0."""
-
-    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-4):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0))
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """One step for every parameter that has a gradient, which is used up: its memory holds the direction then."""
-        for group in self.param_groups:
-            group["step"] += 1
-            beta1, beta2 = group["betas"]
-            correction1, root2 = 1.0 - beta1 ** group["step"], (1.0 - beta2 ** group["step"]) ** 0.5
-            for p in (p for p in group["params"] if p.grad is not None):  # [11]
-                if not self.state[p]:
-                    self.state[p] = dict(m=torch.zeros_like(p), v=torch.zeros_like(p))
-                m, v, direction = self.state[p]["m"], self.state[p]["v"], p.grad
-                m.lerp_(p.grad, 1.0 - beta1)
-                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1.0 - beta2)
-                # Adam's: m / correction1 over sqrt(v / correction2) + eps
-                torch.sqrt(v, out=direction).add_(root2 * group["eps"])
-                torch.div(m, direction, out=direction).mul_(root2 / correction1).add_(p, alpha=group["weight_decay"])
-                p_norm, norm = p.norm(), direction.norm()
-                trust = torch.where((p_norm > 0) & (norm > 0), p_norm / norm, 1.0)  # a zero tensor: a plain step
-                p.addcmul_(direction, -group["lr"] * trust)
-
-
-def masked_mean(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Mean over the real tokens: values and real of one shape."""
-    return (values * real).sum() / real.sum()
-
-
-def distribution(model: DecisionTransformer, sub, returns: torch.Tensor) -> SquashedGaussian:
-    """The policy (B, L, A) at each step of `sub`, from the very window that the rollout saw. sub: observations, actions
-    and real, as `returns` (B, K - 1 + L, ...), and u (B, L, A)."""
-    batch, length, _ = sub.u.shape
-    fields = (sub.observations, returns, sub.actions, sub.real)
-    observations, g, actions, real = (windows(field, sub.real.shape[1] - length + 1) for field in fields)
-    dist, _ = model(observations, g, actions[:, :-1], real)  # B L windows of K steps
-    return SquashedGaussian(*(x[:, -1].reshape(batch, length, -1) for x in (dist.mean, dist.log_std)))
-
-
-def ppo_loss(
-    model: DecisionTransformer, reference: DecisionTransformer, sub: TokenBatch, kappa: torch.Tensor, args: Args
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Minus Eq. 5 and minus the entropy term kappa H; and the values to log."""
-    real = sub.real[:, -sub.u.shape[1] :]  # (B, L)
-    mean = masked_mean(sub.advantage, real)
-    std = masked_mean((sub.advantage - mean) ** 2, real).sqrt()
-    advantage = (sub.advantage - mean) / (std + 1e-8)  # (B, L), line 5
-    dist = distribution(model, sub, sub.new_returns)
-    log_ratio = (dist.log_prob(sub.u) - sub.old_log_prob) * real
-    ratio = log_ratio.clamp(-20.0, 20.0).exp()  # (B, L), departure (2)
-    clipped = ratio.clamp(1.0 - args.epsilon, 1.0 + args.epsilon)
-    surrogate = masked_mean(torch.min(ratio * advantage, clipped * advantage), real)  # Eq. 5
-    with torch.no_grad():
-        reference_dist = distribution(reference, sub, sub.new_returns)
-    laws = [torch.distributions.Normal(d.mean, d.log_std.exp(), validate_args=False) for d in (dist, reference_dist)]
-    kl = masked_mean(torch.distributions.kl_divergence(*laws).sum(-1), real)  # before tanh, which changes nothing
-    entropy = masked_mean(dist.entropy(torch.randn_like(dist.mean)), real)
-    loss = -(surrogate - args.beta * kl + kappa * entropy)  # Eq. 5 and the entropy constraint's Lagrangian
-    values = {"ratio_mean": masked_mean(ratio, real), "ratio_max": ratio.max(), "kl": kl, "entropy": entropy}
-    return loss, values | {"surrogate": surrogate, "clip_fraction": masked_mean((clipped != ratio).float(), real)}
-
-
-class PPOLearner:
-    """Networks, reference, optimisers, entropy dual and buffer: all that an iteration's updates change."""
-
-    def __init__(self, model: DecisionTransformer, args: Args):
-        self.model, self.args, self.updates = model.eval(), args, 0  # no dropout in finetuning (Table 5)
-        self.reference = copy.deepcopy(model).requires_grad_(False)
-        self.optimizer = Lamb(model.parameters(), args.lr, weight_decay=args.weight_decay)
-        log_kappa = torch.tensor(math.log(args.kappa_initial), device=model.obs_mean.device)
-        self.log_kappa = log_kappa.requires_grad_()
-        self.dual = torch.optim.Adam([self.log_kappa], lr=args.kappa_lr)
-        torch.manual_seed(stream(args.seed, 0, "weights of the value network"))
-        self.value = ValueNetwork(model, args.value_dim, args.value_norm).to(model.obs_mean.device)
-        self.value_optimizer = torch.optim.AdamW(self.value.parameters(), args.lr_value)
-        self.replay: list[tuple[Episode, np.ndarray]] = []  # with old log-probabilities (T,)
-
-    @torch.no_grad()
-    def remember(self, episodes: list[Episode]) -> None:
-        """Line 2: the trajectories enter the buffer, the first ones in it leave."""
-        device = self.model.obs_mean.device
-        for episode in episodes:
-            fields = [torch.from_numpy(field)[None].to(device) for field in episode[:5]]  # (1, K - 1 + T or T, ...)
-            zeros = torch.zeros(1, len(episode.rewards), device=device)
-            sub = TokenBatch(*fields[:4], fields[1], fields[4], zeros, zeros, zeros)
-            # departure (4): by the update's own forward, so that before the first step the ratio is 1
-            old_log_prob = distribution(self.model, sub, sub.returns).log_prob(sub.u)[0].cpu().numpy()
-            self.replay.append((episode, old_log_prob))
-        self.replay = self.replay[-self.args.replay_iterations * self.args.n_trajectories :]
-
-    @torch.no_grad()
-    def all_steps(self, lam: float) -> TokenBatch:
-        """Line 3: every step kept with its advantage, in one row (M, ...): each trajectory between K - 1 steps of
-        padding and L - 1 more, so that a sub-trajectory and its windows are slices."""
-        args, rows = self.args, []
-        for episode, old_log_prob in self.replay:
-            front = args.c_online - 1
-            states = np.concatenate([episode.observations[front:], episode.last_observation[None].astype(np.float32)])
-            values = self.value(torch.from_numpy(states).to(self.model.obs_mean.device)).cpu().numpy()  # (T + 1,)
-            advantage = gae(episode.rewards, values.astype(np.float64), episode.terminated, args.gamma, lam)
-            reached = np.pad(episode.rewards, (front, 0))[::-1].cumsum()[::-1]  # realised return-to-go
-            steps = (episode.u, old_log_prob, advantage, advantage + values[:-1])  # Eq. 6's target
-            steps = [np.pad(step, [(front, 0)] + [(0, 0)] * (step.ndim - 1)) for step in steps]
-            fields = [*episode[:4], reached if args.hindsight else episode.returns, *steps]
-            rows.append([np.pad(f, [(0, args.c_train - 1)] + [(0, 0)] * (f.ndim - 1)) for f in fields])
-        flat = (torch.from_numpy(np.concatenate(field)) for field in zip(*rows))
-        return TokenBatch(*((f.float() if f.is_floating_point() else f).to(self.model.obs_mean.device) for f in flat))
-
-    def draw(self, steps: TokenBatch, rng: np.random.Generator) -> TokenBatch:
-        """Lines 4 and 5: n_batch sub-trajectories, each from a step drawn uniformly over all that are kept, which is a
-        trajectory drawn in proportion to its length."""
-        first = rng.choice(np.flatnonzero(steps.real.cpu().numpy()), size=self.args.n_batch)  # [15] departure (3)
-        index = first[:, None] + np.arange(1 - self.args.c_online, self.args.c_train)  # (B, K - 1 + L)
-        index = torch.from_numpy(index).to(steps.real.device)
-        own = index[:, self.args.c_online - 1 :]  # (B, L)
-        return TokenBatch(*(f[index] for f in steps[:5]), *(f[own] for f in steps[5:]))
-
-    def update_value(self, sub: TokenBatch) -> torch.Tensor:
-        """A step on Eq. 6; returns the loss."""
-        real, length = sub.real, sub.u.shape[1]
-        values = self.value(sub.observations[:, -length:])  # (B, L)
-        loss = masked_mean((values - sub.value_target) ** 2, real[:, -length:])  # Eq. 6
-        self.value_optimizer.zero_grad()
-        loss.backward()
-        self.value_optimizer.step()
-        return loss
-
-    def warm_up_value(self) -> None:
-        """Departure (5): before the first iteration, fit the value network to the discounted returns (lambda = 1)."""
-        steps = self.all_steps(1.0)
-        self.value.set_units(steps.value_target[steps.real])
-        rng = np.random.default_rng(stream(self.args.seed, 0, "minibatches of the value network"))
-        for update in range(1, self.args.value_warmup + 1):
-            self.update_value(self.draw(steps, rng))
-            if update % 50 == 0:  # what lies beyond the time limit is the network's own estimate, better by now
-                steps = self.all_steps(1.0)
-
-    def update(self, iteration: int) -> dict[str, float]:
-        """Lines 3 to 6: minibatches drawn from the buffer, a gradient step each; means of the values to log."""
-        if self.updates == 0:
-            self.warm_up_value()
-        args, logged, steps = self.args, [], self.all_steps(self.args.gae_lambda)
-        rng = np.random.default_rng(stream(args.seed, iteration, "minibatches"))
-        torch.manual_seed(stream(args.seed, iteration, "entropy"))
-        for _ in range(args.n_minibatches):
-            if self.updates % args.reference_every == 0:
-                self.reference.load_state_dict(self.model.state_dict())
-            sub, kappa = self.draw(steps, rng), self.log_kappa.exp()
-            loss, values = ppo_loss(self.model, self.reference, sub, kappa.detach(), args)
-            self.optimizer.zero_grad()
-            loss.backward()
-            values["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
-            self.optimizer.step()
-            # [12] The dual of H >= rho, rho = -dim A: min over kappa >= 0 of kappa (H - rho)
-            self.dual.zero_grad()
-            (kappa * (values["entropy"].detach() + self.model.act_dim)).backward()
-            self.dual.step()
-            value_loss = self.update_value(sub)
-            self.updates += 1
-            values |= {"loss": loss, "kappa": kappa, "value_loss": value_loss}
-            logged.append(torch.stack([values[name].detach() for name in LOSSES]))
-        table = torch.stack(logged).cpu()
-        losses = dict(zip(LOSSES, table.mean(0).tolist()))
-        losses["ratio_max"] = table[:, LOSSES.index("ratio_max")].max().item()
-        losses["ratio_first"] = table[0, LOSSES.index("ratio_mean")].item()
-        target = steps.value_target[steps.real]
-        losses["explained_variance"] = 1.0 - (steps.advantage[steps.real].var() / target.var().clamp(min=1e-8)).item()
-        if not all(map(math.isfinite, losses.values())):
-            die(f"the loss is not finite in iteration {iteration} ({losses}): lower --lr; the last checkpoint is kept.")
-        return {f"losses/{name}": value for name, value in losses.items()}
-
-    def state(self) -> dict:
-        """What, beside the weights, a resumed run needs."""
-        parts = {"optimizer": self.optimizer.state_dict(), "dual": self.dual.state_dict(), "updates": self.updates}
-        parts |= {"log_kappa": self.log_kappa.detach(), "reference": self.reference.state_dict()}
-        parts |= {"value": self.value.state_dict(), "value_optimizer": self.value_optimizer.state_dict()}
-        replay = [[torch.from_numpy(field) for field in (*episode, old)] for episode, old in self.replay]
-        return parts | {"replay": replay}
-
-    def load_state(self, state: dict) -> None:
-        """Go on from what `state` gave; the weights are in the model already."""
-        self.updates = state["updates"]
-        for name in ("optimizer", "dual", "reference", "value", "value_optimizer"):
-            getattr(self, name).load_state_dict(state[name])
-        self.log_kappa.data.copy_(state["log_kappa"])
-        replay = [[field.numpy() for field in each] for each in state["replay"]]
-        self.replay = [(Episode(*fields), old_log_prob) for *fields, old_log_prob in replay]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. The run
-# ---------------------------------------------------------------------------------------------------------------------
-
-EVALUATION = ("eval/return_mean", "eval/return_std", "eval/length_mean", "eval/distance_mean", "eval/normalized_score")
-LOSSES = ("loss", "surrogate", "ratio_mean", "ratio_max", "clip_fraction", "kl", "entropy", "kappa", "grad_norm")
-LOSSES += ("value_loss",)
-METRICS = ["iteration", "charts/env_steps", "charts/SPS", "charts/gradient_updates", "charts/env_steps_full"]
-METRICS += ["charts/env_steps_eval", *EVALUATION, "rollout/return", "rollout/length", "rollout/terminated"]
-METRICS += [*(f"losses/{name}" for name in (*LOSSES, "ratio_first", "explained_variance"))]
-METRICS += ["time/iteration", "time/simulate", "time/infer", "time/update", "time/eval"]
-CONSOLE = ("eval/return_mean", "rollout/return", "losses/ratio_first", "losses/ratio_max", "losses/clip_fraction")
-CONSOLE += ("losses/entropy", "losses/explained_variance", "charts/SPS")
+# ---- 8. Run folder --------------------------------------------------------------------------------------------------
 
 
 def die(message: str) -> NoReturn:
     """End with one line on stderr and exit code 1."""
     raise SystemExit("error: " + re.sub(r"\s*\n\s*", " ", message))
-
-
-def stream(seed: int, iteration: int, purpose: str) -> int:
-    """The seed of one random stream: the same for the same (seed, iteration, purpose), so nothing needs saving."""
-    sequence = np.random.SeedSequence([seed, iteration, zlib.crc32(purpose.encode())])
-    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))  # 63 bits: what torch takes
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -885,9 +884,8 @@ def write_file(path: Path, content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
-    except OSError as error:
+    finally:
         temporary.unlink(missing_ok=True)
-        die(f"cannot write {path}: {error.strerror}; what stood there before is kept. Make room, then go on.")
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -897,306 +895,353 @@ def save_checkpoint(path: Path, content: dict) -> None:
     write_file(path, buffer.getvalue())
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint of any script here, on the CPU. Exits with a line if it is missing, damaged or foreign."""
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         die(f"checkpoint {path} not found: give the folder of a run, or the checkpoint.pt in it.")
     try:
+        archive = zipfile.ZipFile(path)
+        compressed = any(entry.compress_type for entry in archive.infolist())  # torch never does: it might be endless
+        if compressed or archive.testzip():  # checksums, which torch does not look at
+            raise ValueError
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not {"script", "iteration", "sizes", "weights", "args", "env_id", "env_kwargs", "g_eval"} <= content.keys():
-            raise KeyError
-    except Exception:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError and more
+            raise ValueError
+        if not (isinstance(content["sizes"], dict) and isinstance(content["env_kwargs"], dict)):
+            raise ValueError
+    except Exception:  # zipfile and torch raise BadZipFile, RuntimeError, UnpicklingError, KeyError and more
         die(f"{path} is damaged, or no checkpoint of these scripts: take another.")
     return content
 
 
-def load_model(content: dict, dropout: float = 0.0) -> DecisionTransformer:
-    """The network of a checkpoint, with the statistics of its observations and the scale of its returns."""
-    try:
-        model = DecisionTransformer(**content["sizes"], dropout=dropout)
-        model.load_state_dict(content["weights"])
-    except (TypeError, RuntimeError):
-        die(f"the checkpoint's weights do not fit its sizes {content['sizes']}: take another.")
-    return model
-
-
-def set_up_torch(args) -> tuple[torch.device, torch.dtype]:
-    """Threads, the device of --device, and bf16 for matrix products if --bf16 and the device has units for it."""
+def set_up_torch(args: Args) -> torch.device:
+    """The device; sets how many threads torch takes."""
     args.threads = args.threads or torch.get_num_threads()
     torch.set_num_threads(args.threads)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        die("--device cuda, but torch sees no GPU: use --device cpu, or install a CUDA build of torch.")
-    if args.device != "cpu" and torch.cuda.is_available():
-        device, units = torch.device("cuda"), torch.cuda.get_device_capability()[0] >= 8
-    else:
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        device, units = torch.device("cpu"), any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
-    return device, torch.bfloat16 if args.bf16 and units else torch.float32
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
-def parse_args(arguments: list[str] | None = None) -> Args:
-    """The command line. With --resume or --eval-only, the checkpoint's arguments are the defaults."""
-    args = tyro.cli(Args, args=arguments)
-    if args.resume and args.eval_only:
-        die("--resume goes on with a run, --eval-only only evaluates: give one of them.")
-    path = args.resume or args.eval_only
-    if path is None:
-        return args
-    content, known = load_checkpoint(Path(path)), {field.name for field in dataclasses.fields(Args)}
-    if args.resume and content["script"] != Path(__file__).stem:
-        die(f"{path} is a run of {content['script']}.py: resume it with that script.")
-    saved = Args(**{name: value for name, value in content["args"].items() if name in known})
-    if args.eval_only:
-        saved = dataclasses.replace(saved, g_eval=content["g_eval"], device="auto", capture_video=False)
-    args = tyro.cli(Args, args=arguments, default=saved)
-    fixed = {"env_id"} if args.eval_only else known - {"updates", "iterations", "device", "track", "resume"}
-    for name in sorted(fixed):
-        old, new, flag = getattr(saved, name), getattr(args, name), "--" + name.replace("_", "-")
-        if old != new:
-            die(f"{path} was made with {flag} {old}, not {new}: leave {flag} out, or start a run of its own.")
-    return args
+def load_model(content: dict, device: torch.device, bf16: bool, dropout: float = 0.0) -> DecisionTransformer:
+    """The network of a checkpoint. bf16: its matrix products in that precision, where the device has units for it."""
+    sizes, weights = content["sizes"], content["weights"]
+    kind = sizes.get("kind", "dt")
+    if kind != DecisionTransformer.kind:
+        program = Path(__file__).name if kind == "dt" else f"benchmark/{kind}.py"
+        die(f"the checkpoint holds a {kind}: {program} takes it.")
+    try:
+        found = {"obs_dim": len(weights["obs_mean"]), "act_dim": len(weights["mean_head.bias"])}
+        found |= {"embed_dim": len(weights["norm_in.bias"])}
+        found |= {"n_layers": sum(name.endswith(".norm1.bias") for name in weights)}
+        if not found.items() <= sizes.items() or sizes["n_heads"] < 1 or sizes["embed_dim"] % sizes["n_heads"]:
+            raise ValueError  # before memory is taken by the sizes' word
+        model = DecisionTransformer(**sizes, dropout=dropout)
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        die(f"the checkpoint's weights do not fit its sizes {sizes}: take another.")
+    model.bf16 = bf16 and has_bf16(device)
+    return model.to(device)
 
 
-MAY_BE_ZERO = (
-    "seed dropout weight_decay kappa_lr return_loss_weight beta delta_r l_eval gae_lambda value_warmup critic_warmup "
-    "target_noise"
-)
-MAY_BE_NEGATIVE = "g_eval g_online"
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device has units for bf16 matrix products."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability()[0] >= 8
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
-def check_args(args) -> None:
-    """Exits with a line on values that cannot work, before anything is written."""
-    for name, value in vars(args).items():
-        flag = "--" + name.replace("_", "-")
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and not math.isfinite(value):
-            die(f"{flag} is {value}: give a finite number.")
-        zero, negative = name in MAY_BE_ZERO.split(), name in MAY_BE_NEGATIVE.split()
-        if number and not (value > 0 or negative or (value == 0 and zero)):
-            die(f"{flag} is {value}: give one above 0.")
-        if name in ("dropout", "expectile") and value >= 1.0:
-            die(f"{flag} is {value}: give a number below 1.")
-        package = {"track": "wandb", "capture_video": "moviepy"}.get(name)
-        if package and value and importlib.util.find_spec(package) is None:
-            die(f"{flag} needs {package}: pip install {package}.")
+def run_facts(base: dict, args: Args) -> dict:
+    """What every checkpoint of a run says beside weights and state: plain types, for whoever resumes or evaluates."""
+    facts = {key: base[key] for key in ("sizes", "env_id", "env_kwargs", "dataset", "dataset_best_return")}
+    facts |= dict(script=Path(__file__).stem, dataset_kind=args.dataset_kind, args=vars(args) | {"resume": None})
+    return facts | dict(g_eval=args.g_online, c_online=args.c_online)
 
 
-class RunLog:
-    """metrics.csv and TensorBoard under the same names, args.json beside them, wandb behind --track."""
+def mean_losses(logged: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Of an iteration's updates, columns losses/ of metrics.csv: means, the largest ratio, and the first mean ratio,
+    which is 1."""
+    table = torch.stack([torch.stack(list(values.values())) for values in logged])
+    table = table.cpu().numpy()  # (updates, values); the only wait for the device
+    if not np.isfinite(table).all():
+        die("the loss is not finite: start a new run with a lower learning rate; the last checkpoint is kept.")
+    columns = dict(zip(logged[0], table.T))
+    losses = {f"losses/{name}": column.mean().item() for name, column in columns.items()}
+    if "ratio_mean" in columns:
+        losses["losses/ratio_max"] = columns["ratio_max"].max().item()
+        losses["losses/ratio_first"] = columns["ratio_mean"][0].item()
+    return losses
 
-    def __init__(self, run_dir: Path, columns: list[str], args, saved: dict | None = None):
-        """saved: the checkpoint that a resumed run goes on from; what was written after it is cut off."""
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.csv"
-        lines = path.read_text().splitlines(keepends=True)[: 1 + saved["rows"]] if saved else [",".join(columns) + "\n"]
-        if lines[0].strip() != ",".join(columns):
-            die(f"{path} has other columns than this version writes: start a new run from its checkpoint.")
-        write_file(path, "".join(lines).encode())
+
+def trajectory_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
+    """Of an iteration's full trajectories, columns rollout/ of metrics.csv."""
+    return {
+        "rollout/return": np.mean([trajectory.rewards.sum() for trajectory in trajectories]).item(),
+        "rollout/length": np.mean([len(trajectory.rewards) for trajectory in trajectories]).item(),
+        "rollout/terminated": np.mean([trajectory.terminated for trajectory in trajectories]).item(),
+    }
+
+
+def time_metrics(begun: float, simulated: float, rolled: float, simulated_then: float) -> dict[str, float]:
+    """Seconds of the parts of an iteration, columns time/ of metrics.csv: of clock and simulators when the iteration
+    began, and when its rollouts were done; the update has just ended."""
+    simulate = simulated_then - simulated
+    now = time.perf_counter()
+    parts = {"time/simulate": simulate, "time/infer": rolled - begun - simulate}
+    return parts | {"time/update": now - rolled, "time/iteration": now - begun}
+
+
+class Log:
+    """metrics.csv and TensorBoard under the same names, args.json beside them, wandb behind --track, and a line an
+    iteration on the console. A context manager; the run's folder belongs to it alone."""
+
+    def __init__(self, run_dir: Path, args: Args, total: int, rows: list[dict]):
+        """total: iterations in all. rows: those of a run that goes on; all is written anew, so what came after its
+        checkpoint is gone."""
+        self.lock = claim(run_dir, args)
+        self.path, self.total, self.rows, self.shown = run_dir / "metrics.csv", total, rows, []
+        self.begun, self.first = time.time(), rows[-1]["iteration"] if rows else 0
         packages = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "minari")
-        versions = {name: importlib.metadata.version(name) for name in packages}
+        installed = {each.name: each.version for each in importlib.metadata.distributions()}
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-        content = json.dumps({"args": vars(args), "versions": versions, "commit": commit}, indent=2)
-        write_file(run_dir / "args.json", content.encode())
+        facts = dict(script=Path(__file__).name, command=sys.argv, args=vars(args), commit=commit)
+        facts["versions"] = {name: installed[name] for name in packages if name in installed}
+        write_file(run_dir / "args.json", json.dumps(facts, indent=2).encode())
         if args.track:
             import wandb
 
             wandb.init(project="online-dt-rl", name=run_dir.name, config=vars(args), sync_tensorboard=True)
         from torch.utils.tensorboard import SummaryWriter
 
-        self.rows, self.file = len(lines) - 1, open(path, "a", newline="")
-        self.table = csv.DictWriter(self.file, columns, lineterminator="\n")
+        threading.excepthook = lambda failure: None  # of TensorBoard's thread: the next write raises its error again
         self.writer = SummaryWriter(str(run_dir), purge_step=0)
-        for row in csv.DictReader(lines):  # what is kept, anew: events of a killed process may be lost
-            for name in (name for name in columns[1:] if row[name]):
-                self.writer.add_scalar(name, float(row[name]), int(row["iteration"]))
+        for row in rows:
+            self.show(row)
+        self.write()
 
-    def write(self, iteration: int, values: dict[str, float]) -> None:
-        """A row; names that are not in `values`, and values that are NaN, stay empty."""
-        values = {name: value for name, value in values.items() if not math.isnan(value)}
-        self.table.writerow({"iteration": iteration} | values)
-        self.file.flush()
-        self.rows += 1
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, iteration)
+    def __enter__(self) -> Log:
+        return self
 
-    def close(self) -> None:
-        self.file.close()
+    def __exit__(self, *_) -> None:
         self.writer.flush()  # raises what TensorBoard's thread met; close() would not
         self.writer.close()
+        self.lock.close()
+
+    def add(self, row: dict[str, float]) -> None:
+        """A row, without values that are NaN."""
+        row = {name: value for name, value in row.items() if not math.isnan(value)}
+        self.rows.append(row)
+        self.show(row)
+        self.write()
+        done = row["iteration"] - self.first
+        left = (self.total - row["iteration"]) * (time.time() - self.begun) / done if done else None
+        self.begun = self.begun if done else time.time()  # the evaluation before the first iteration is none
+        names = [name for name in CONSOLE if any(name in each for each in self.rows)]
+        if len(self.rows) % 20 == 1 or names != self.shown:
+            print("  iteration" + "".join(CONSOLE[name][0].rjust(8) for name in names), flush=True)
+        self.shown = names
+        print(console_line(row, names, self.total, left), flush=True)
+
+    def write(self) -> None:
+        """metrics.csv, whole; its columns are the names of all rows so far."""
+        file = io.StringIO()
+        table = csv.DictWriter(file, dict.fromkeys(name for each in self.rows for name in each), lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.rows)
+        write_file(self.path, file.getvalue().encode())
+
+    def show(self, row: dict[str, float]) -> None:
+        """In TensorBoard."""
+        for name in row.keys() - {"iteration"}:
+            self.writer.add_scalar(name, row[name], row["iteration"])
 
 
-def choose_run_dir(args) -> Path:
+CONSOLE = {
+    "eval/return_mean": ("eval", ",.0f"),
+    "eval/normalized_score": ("score", ".1f"),
+    "rollout/return": ("return", ",.0f"),
+    "rollout/kept": ("kept", ".2f"),
+    "losses/nll": ("nll", ".4g"),
+    "losses/action_mse": ("mse", ".4f"),
+    "losses/q_mean": ("Q", ".3g"),
+    "losses/explained_variance": ("V", ".2f"),
+    "losses/ratio_first": ("ratio", ".2f"),
+    "losses/ratio_max": ("max", ".3g"),
+    "losses/clip_fraction": ("clip", ".2f"),
+    "losses/entropy": ("H", ".2f"),
+}
+
+
+def console_line(row: dict[str, float], names: list[str], total: int, left: float | None) -> str:
+    """A row's values under the headings of `names`, of CONSOLE; left: seconds to the end."""
+    line = f"{row['iteration']}/{total}".rjust(11)
+    for name in names:
+        line += (format(row[name], CONSOLE[name][1]) if name in row else "").rjust(8)
+    if left is not None:
+        minutes = round(left / 60)
+        line += f"{minutes // 60}:{minutes % 60:02} left".rjust(12)
+    return line
+
+
+def choose_run_dir(args: Args) -> Path:
     """The folder of this run, yet to be made. Exits with a line rather than mix two runs in one folder."""
-    name = f"{args.env_id}__{Path(__file__).stem}__{args.dataset_kind}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '_')}")
-    run_dir = run_dir.parent if run_dir.is_file() else run_dir  # --resume RUN_DIR/checkpoint.pt
-    if not args.resume and (run_dir / "checkpoint.pt").exists():
-        die(f"{run_dir} holds a run already: go on with --resume {run_dir}, or choose another --run-dir.")
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.dataset_kind}__{args.seed}__{int(time.time())}-{os.getpid()}"
+    run_dir = Path(args.resume or args.run_dir or f"runs/{re.sub('[/:]', '_', name)}")
+    if args.resume:  # --resume RUN_DIR/checkpoint.pt will do
+        return run_dir.parent if run_dir.is_file() else run_dir
+    foreign = any((run_dir / name).exists() for name in ("metrics.csv", "args.json"))
+    foreign = foreign and not (run_dir / ".lock").exists()  # a run that broke off before its first checkpoint has one
+    if run_dir.is_file() or foreign or (run_dir / "checkpoint.pt").exists():
+        die(f"{run_dir} holds a run or other files: go on with --resume {run_dir}, or choose another --run-dir.")
     return run_dir
 
 
-def make_eval_envs(args, env_kwargs: dict, video_dir: Path) -> list[gym.Env]:
-    """One environment per evaluation episode; the first one films itself if --capture-video."""
-    modes = ["rgb_array" if args.capture_video else None, *[None] * (args.eval_episodes - 1)]
-    envs = [make_env(args.env_id, env_kwargs, mode) for mode in modes]
-    if args.capture_video:
+def hold(file, wait: bool) -> bool:
+    """Lock an open file for this process and for children that inherit it, until they end. False: another has it."""
+    with contextlib.suppress(ImportError):  # Windows has no fcntl
+        import fcntl
+
         try:
-            envs[0].reset()
-            envs[0].render()
-            envs[0] = gym.wrappers.RecordVideo(envs[0], str(video_dir), episode_trigger=lambda episode: True)
-        except Exception as error:  # moviepy missing, no GL library, no display: each raises its own
-            die(f"cannot film {args.env_id}: {error}. It needs moviepy and a GL library (MUJOCO_GL=egl).")
-    return envs
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            return False
+    return True
 
 
-def run_evaluation(args, model: DecisionTransformer, envs: list[gym.Env], iteration: int) -> dict[str, float]:
-    """Evaluate, print the outcome and return the eval/ columns of metrics.csv. The same (seed, iteration) plays the
-    same episodes, so a saved model scores what it scored in memory."""
-    begun, seeds = time.time(), [stream(args.seed, iteration, f"evaluation {i}") for i in range(len(envs))]
-    returns, lengths, distances = evaluate(model, envs, args.g_eval, args.c_online, seeds)
-    values = (returns.mean(), returns.std(), lengths.mean(), distances.mean())
-    row = dict(zip(EVALUATION, map(float, (*values, normalized_score(args.env_id, values[0])))))
-    shown = [f"{name.removeprefix('eval/')} {value:,.1f}" for name, value in row.items() if not math.isnan(value)]
-    print(f"evaluation: {', '.join(shown)} ({len(envs)} episodes, g = {args.g_eval:,.0f})", flush=True)
-    return row | {"time/eval": time.time() - begun}
-
-
-def eval_only(args) -> None:
-    """Evaluate the checkpoint --eval-only; nothing is written but the film."""
-    check_args(args)
-    content, (device, dtype) = load_checkpoint(Path(args.eval_only)), set_up_torch(args)
-    model, folder = load_model(content).use_precision(dtype).to(device), Path(args.eval_only)
-    envs = make_eval_envs(args, content["env_kwargs"], (folder if folder.is_dir() else folder.parent) / "videos")
-    run_evaluation(args, model, envs, content["iteration"])
-    for env in envs:
-        env.close()
+def claim(run_dir: Path, args: Args):
+    """Make the folder and hold it for this process, until that ends, however it ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = open(run_dir / ".lock", "w")
+    if not hold(lock, wait=False):
+        die(f"another process is at work in {run_dir}: wait for it, or choose another --run-dir.")
+    choose_run_dir(dataclasses.replace(args, run_dir=str(run_dir)))  # a run may have ended there since the first look
+    return lock
 
 
 def pretrained_on_random(args: Args) -> Path:
-    """The checkpoint that is used where --pretrained is left out: pretrain_dt.py, run once on random data of this
-    environment for this width, kept under runs/pretrained: minutes on two cores at any width."""
-    key = row_of(args.env_id, args.dataset_kind or "random")
-    context = args.c_online or (ROWS[key][COLUMNS.index("c_online")] if key else 1)
-    updates = 900  # [17]
-    name = f"{args.env_id.replace('/', '_')}__{args.embed_dim}__c{context}__u{updates}__{args.seed}"
-    target = Path(f"runs/pretrained/{name}")
-    print(f"no --pretrained given: taking {target}, pretrained on random data", flush=True)
-    if (target / "checkpoint.pt").exists():
-        return target
-    own = target.with_name(f"{target.name}.{os.getpid()}")  # parallel runs make their own, the first one stays
-    flags = dict(env_id=args.env_id, embed_dim=args.embed_dim, seed=args.seed, device=args.device, run_dir=own)
+    """The run folder that is used where --pretrained is left out: pretrain_dt.py on random data of this environment,
+    for this width, context and seed, kept under runs/pretrained: minutes on two cores. What was broken off goes on."""
+    context = args.c_online or paper_row(args.env_id, args.dataset_kind or "random")[1]["c_online"]
     # a context of c_online and small minibatches at a large rate: quick, and groups whose members differ
-    flags |= dict(c_offline=context, c_online=context, batch_size=max(1, 128 // (3 * context - 1)))
-    flags |= dict(updates=updates, lr=1e-3, dataset_steps=30_000)
-    flags |= {"threads": args.threads} if args.threads else {}
-    command = [sys.executable, str(Path(__file__).with_name("pretrain_dt.py")), "--bf16" if args.bf16 else "--no-bf16"]
-    command += [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    if subprocess.run(command, env=environment).returncode:
-        die("pretraining on random data failed, see above: mend it, or give --pretrained.")
-    try:
-        own.rename(target)
-    except OSError:  # another run was faster
-        shutil.rmtree(own)
+    recipe = dict(updates=900, batch_size=max(1, 128 // (3 * context - 1)), lr=1e-3, dataset_steps=30_000)
+    made_by = "-".join(f"{value:g}" for value in recipe.values())
+    name = f"{re.sub('[/:]', '_', args.env_id)}__{args.embed_dim}__c{context}__v2-{made_by}__{args.seed}"
+    target = Path(f"runs/pretrained/{name}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{target}.lock", "w") as lock:  # the child holds it too: if this process dies, the next one waits for it
+        if not hold(lock, wait=False):
+            print(f"no --pretrained given: waiting for the process that makes {target}", flush=True)
+            hold(lock, wait=True)
+        begun = (target / "checkpoint.pt").exists()
+        if begun and load_checkpoint(target)["iteration"] >= recipe["updates"]:
+            print(f"no --pretrained given: taking {target}, pretrained on random data", flush=True)
+            return target
+        print(f"no --pretrained given: pretraining on random data in {target}", flush=True)
+        flags = dict(env_id=args.env_id, embed_dim=args.embed_dim, c_offline=context, c_online=context, seed=args.seed)
+        flags = dict(resume=target) if begun else recipe | flags | dict(run_dir=target)
+        flags |= {"threads": args.threads} if args.threads else {}
+        command = [sys.executable, str(Path(__file__).with_name("pretrain_dt.py")), "--save-data"]
+        command += ["--cuda" if args.cuda else "--no-cuda", "--bf16" if args.bf16 else "--no-bf16"]
+        command += [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
+        inherited = [lock.fileno()] if os.name == "posix" else []
+        if subprocess.run(command, pass_fds=inherited).returncode:
+            if not (target / "checkpoint.pt").exists():
+                shutil.rmtree(target, ignore_errors=True)
+            die("pretraining on random data failed, see above: mend it, or give --pretrained.")
     return target
 
 
-def start(args: Args) -> tuple[dict, dict | None]:
-    """The checkpoint to begin with, and the same once more if it is a run that goes on. Fills `args` from the table."""
+def start(args: Args) -> dict:
+    """The checkpoint to begin with, or to go on from. Fills `args` from the paper's row."""
     check_args(args)
     choose_run_dir(args)  # an occupied one is refused before minutes of pretraining
-    saved = load_checkpoint(Path(args.resume)) if args.resume else None
-    base = saved or load_checkpoint(Path(args.pretrained or pretrained_on_random(args)))
+    if not (args.resume or args.pretrained):
+        args.pretrained = str(pretrained_on_random(args))
+    path = args.resume or args.pretrained
+    base = load_checkpoint(path)
     if base["env_id"] != args.env_id:
-        die(f"{args.pretrained} was pretrained in {base['env_id']}, not in {args.env_id}: give the one or the other.")
+        die(f"{path} was pretrained in {base['env_id']}, not in {args.env_id}: give the one or the other.")
+    if args.resume and base["iteration"] > args.iterations:
+        die(f"{path} is at iteration {base['iteration']}: give --iterations {base['iteration']} or more.")
     args.embed_dim = base["sizes"]["embed_dim"]
-    line = fill_from_table(args, base["dataset_kind"], base["dataset_best_return"])
-    if saved and saved["iteration"] > args.iterations:
-        die(f"{args.resume} is at iteration {saved['iteration']}: give --iterations {saved['iteration']} or more.")
-    print(line, flush=True)
-    return base, saved
+    fill_from_table(args, base["dataset_kind"], base["dataset_best_return"])
+    return base
 
 
-def run_facts(base: dict, args: Args, dtype: torch.dtype) -> dict:
-    """What every checkpoint of a run says beside weights and state: plain types, for whoever resumes or evaluates."""
-    facts = {key: base[key] for key in ("sizes", "env_id", "env_kwargs", "dataset", "dataset_best_return")}
-    facts |= dict(script=Path(__file__).stem, dataset_kind=args.dataset_kind, precision=str(dtype))
-    return facts | dict(g_eval=args.g_eval, c_online=args.c_online, args=vars(args) | {"resume": None})
+def eval_only(args: Args, players) -> None:
+    """Evaluate the checkpoint --eval-only in `players`, which is Environments or Simulators; nothing is written but the
+    film."""
+    check_args(args)
+    content, folder = load_checkpoint(args.eval_only), Path(args.eval_only)
+    model, env = load_model(content, set_up_torch(args), args.bf16), make_env(args.env_id, content["env_kwargs"])
+    film_to = (folder.parent if folder.is_file() else folder) / "videos" if args.capture_video else None
+    with players(env, args.eval_episodes) as sims:
+        row = evaluate(model, sims, args, content["iteration"], film_to)
+    shown = [f"{name[5:]} {value:,.1f}" for name, value in row.items() if name[:5] == "eval/" and value == value]
+    print(f"evaluation: {', '.join(shown)} ({args.eval_episodes} episodes, g = {args.g_online:,.0f})", flush=True)
 
 
-def rollout_columns(episodes: list[Episode], steps: dict[str, int], seconds: float, clock: list[float]) -> dict:
-    """The rollout/ columns of metrics.csv, environment steps and times; adds this iteration's steps to `steps`."""
-    lengths = [len(episode.rewards) for episode in episodes]
-    steps["full"] += sum(lengths)
-    collected, updated = np.diff(clock).tolist()
-    return {
-        "rollout/return": np.mean([episode.rewards.sum() for episode in episodes]).item(),
-        "rollout/length": np.mean(lengths).item(),
-        "rollout/terminated": np.mean([episode.terminated for episode in episodes]).item(),
-        "charts/env_steps": steps["full"],
-        **{f"charts/env_steps_{source}": count for source, count in steps.items()},
-        "charts/SPS": sum(lengths) / collected,
-        "time/simulate": seconds,
-        "time/infer": collected - seconds,
-        "time/update": updated,
-        "time/iteration": time.time() - clock[0],
-    }
+MAY_BE_ZERO = ("seed", "l_eval", "delta_r", "beta", "weight_decay", "kappa_lr", "workers", "dropout", "gae_lambda")
+MAY_BE_ZERO += ("value_warmup", "critic_warmup", "target_noise")
+UP_TO_ONE = ("gamma", "gae_lambda", "tau", "dropout")
 
 
-def main(args: Args) -> Path:
-    """Algorithm 2; returns the run's folder."""
-    base, saved = start(args)
-    device, dtype = set_up_torch(args)
-    envs = [make_env(args.env_id, base["env_kwargs"]) for _ in range(args.n_trajectories)]
-    model = load_model(base).use_precision(dtype).to(device)
-    learner, iteration, steps = PPOLearner(model, args), 0, dict(full=0, eval=0)
-    if saved:
-        if saved["precision"] != str(dtype):
-            die(f"the run began in {saved['precision']}, here it is {dtype}: use a device like it.")
-        learner.load_state(saved["learner"])
-        iteration, steps = saved["iteration"], saved["steps"]
-    facts, run_dir = run_facts(base, args, dtype), choose_run_dir(args)
-    eval_envs = make_eval_envs(args, base["env_kwargs"], run_dir / "videos")
-    log = RunLog(run_dir, METRICS, args, saved)
-    print(f"{device.type}, {args.threads} threads, {dtype}, {len(envs)} trajectories at once, in {run_dir}", flush=True)
-    if not saved:  # the pretrained policy, before any update
-        log.write(0, run_evaluation(args, model, eval_envs, 0))
+def check_args(args: Args) -> None:
+    """Exits with a line on values that cannot work, before anything is written."""
+    for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        if value == "":
+            die(f"{flag} is empty: give a value, or leave it out.")
+        if type(value) in (int, float):
+            fits = value > 0 or (value == 0 and name in MAY_BE_ZERO) or name == "g_online"
+            if not (fits and math.isfinite(value)) or (name in UP_TO_ONE and value > 1):
+                least = "" if name == "g_online" else ", 0 or more" if name in MAY_BE_ZERO else " above 0"
+                most = ", up to 1" if name in UP_TO_ONE else ""
+                die(f"{flag} is {value}: give a finite number{least}{most}.")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        die("--track needs wandb: pip install wandb.")
 
-    first, begun = iteration, time.time()
-    while iteration < args.iterations:
-        iteration, clock = iteration + 1, [time.time()]
-        episodes, seconds = collect_episodes(rollout_copy(model), envs, args, iteration)  # line 2
-        clock.append(time.time())
-        learner.remember(episodes)  # line 2
-        row = learner.update(iteration)  # lines 3-6
-        clock.append(time.time())
-        if iteration % args.eval_every == 0 or iteration == args.iterations:
-            row |= run_evaluation(args, model, eval_envs, iteration)
-            steps["eval"] += round(row["eval/length_mean"] * args.eval_episodes)
-        row |= {"charts/gradient_updates": learner.updates}
-        row |= rollout_columns(episodes, steps, seconds, clock)
-        log.write(iteration, row)
-        left = (args.iterations - iteration) * (time.time() - begun) / (iteration - first) / 60
-        shown = "  ".join(f"{name} {row[name]:,.4g}" for name in CONSOLE if name in row)
-        print(f"iteration {iteration}/{args.iterations}  {shown}  {left:.0f} min left", flush=True)
-        content = dict(iteration=iteration, rows=log.rows, steps=steps, weights=model.state_dict())
-        save_checkpoint(run_dir / "checkpoint.pt", facts | content | dict(learner=learner.state()))
-    log.close()
-    for env in [*envs, *eval_envs]:
-        env.close()
-    print(f"checkpoint: {run_dir / 'checkpoint.pt'}", flush=True)
-    return run_dir
+
+# What the saved state hangs on: may not change when a run goes on.
+FIXED = ("env_id", "pretrained", "dataset_kind", "embed_dim", "c_online", "l_traj", "kappa_initial", "run_dir")
+FIXED += ("hindsight", "full_trajectories", "mixed_groups", "ratio", "random_points", "n_layers", "n_heads")
+FIXED += ("value_dim", "value_norm", "critic_dim", "critic_norm", "reward_divisor")
+
+
+def parse_args(arguments: list[str] | None = None) -> Args:
+    """The command line. With --resume or --eval-only, the checkpoint's arguments are the defaults."""
+    args = tyro.cli(Args, args=arguments)
+    path = args.resume or args.eval_only
+    if path is None:
+        return args
+    content = load_checkpoint(path)
+    if args.resume and (args.eval_only or content["script"] != Path(__file__).stem):
+        die(f"{path} is a run of {content['script']}.py: resume it with that script, without --eval-only.")
+    if args.resume and not isinstance(content.get("rows"), list):
+        die(f"{path} is of an older version: start a new run.")
+    if ":" in content["env_id"] and args.env_id != content["env_id"]:  # gym.make would import what stands before it
+        die(f"{path} imports a module, {content['env_id']}: if you trust it, give --env-id {content['env_id']}.")
+    values = content["args"] | {"env_id": content["env_id"]}
+    saved = Args(**{name: value for name, value in values.items() if name in vars(args)})
+    if args.eval_only:
+        own = dict(g_online=content["g_eval"], c_online=content["c_online"], threads=None)
+        saved = dataclasses.replace(saved, **own, capture_video=False, resume=None)
+    args = tyro.cli(Args, args=arguments, default=saved)
+    names = FIXED if args.resume else ("env_id", "c_online", "embed_dim")
+    for name in [name for name in names if name in vars(args)]:
+        old, new, flag = getattr(saved, name), getattr(args, name), "--" + name.replace("_", "-")
+        if old != new:
+            die(f"{path} was made with {flag} {old}, not {new}: leave {flag} out, or start a run of its own.")
+    return args
 
 
 if __name__ == "__main__":
     if any(word.replace("_", "-") == "--capture-video" for word in sys.argv) and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is first imported
-    threading.excepthook = lambda failure: None  # TensorBoard's thread: the next write raises its error again, here
+        os.environ.setdefault("MUJOCO_GL", "egl")  # read when a camera is first made
     try:
         arguments = parse_args()
-        eval_only(arguments) if arguments.eval_only else main(arguments)
+        eval_only(arguments, Environments) if arguments.eval_only else main(arguments)
     except SystemExit as stop:  # tyro's code for bad usage is 2
         raise SystemExit(1 if stop.code == 2 else stop.code) from None
     except KeyboardInterrupt:

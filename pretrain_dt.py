@@ -1,27 +1,27 @@
-"""Pretraining: a stochastic Decision Transformer (or Reinformer) from offline data, the start of all finetuning here.
+"""Pretraining: a stochastic Decision Transformer from offline data, the start of all finetuning here.
 
   "Online Finetuning Decision Transformers with Pure RL Gradients" (Luo & Zhu), Section 2, Appendix A, Table 5
   1. cut the dataset into trajectories; the return-to-go of a step is the sum of the rewards from it on
   2. draw windows of c_offline steps (g, s, a), every step of the data equally likely to be the first
   3. maximise log pi(a | window) under the entropy constraint H(pi) >= -dim A           (ODT's objective)
-  4. LAMB with linear warm-up; at the end, evaluate at the return-to-go g_eval with context c_online
+  4. LAMB with linear warm-up; at the end, evaluate at the return-to-go g_online with context c_online
 
 Departures from the paper and from ODT, its base (docs/pretrain_dt.md explains each under the same number):
-  (1) evaluation plays tanh(mean), the median of the squashed Gaussian, not its expectation: ODT does the same
+  (1) the mean action is tanh(mean), the median of the squashed Gaussian, not its expectation: ODT does the same
   (2) an observation that is constant in the data (std < 1e-3) is centred but not scaled
-  (3) entropy is a mean over real tokens (ODT averages over padding too); heads without a loss are left out
+  (3) entropy is a mean over real steps (ODT averages over padding too); heads without a loss are left out
   (4) runs shorter than the row's number of updates warm up over a tenth of their updates, not over 10,000
-  (5) matrix products in bf16 where the hardware has units for it; residual stream, norms, heads, losses in fp32
-  (6) D4RL's rules are put back where gymnasium-robotics 1.4.2 differs (docs/datasets.md)
-  (7) --model reinformer keeps this transformer (pre-LN, no time-step embedding) and ODT's squashed Gaussian
-  (8) "random" data are uniformly random actions; D4RL's random sets come from an untrained policy
+  (5) "random" data are uniformly random actions; D4RL's random sets come from an untrained policy
+  (6) matrix products in bf16 where the hardware has units for it; residual stream, norms, heads, losses in fp32
+  (7) D4RL's rules are put back where gymnasium-robotics 1.4.2 differs (docs/datasets.md)
 
 On a laptop: python pretrain_dt.py --env-id Hopper-v5 --embed-dim 128 --updates 500 --batch-size 64 --lr 1e-3
 In full:     python pretrain_dt.py --env-id Hopper-v5 --dataset mujoco/hopper/medium-v0
 """
 
+from __future__ import annotations
+
 import contextlib
-import copy
 import csv
 import dataclasses
 import importlib.metadata
@@ -36,6 +36,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,147 +48,504 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch.distributions import Normal
 
-# Shapes: B batch, K context (steps of a window), L tokens, S and A dimensions of observation and action,
-#         E embedding width, N steps of a dataset, M its trajectories.
+# Shapes: B windows, K context, S and A dimensions of observation and action, E embedding width, N steps of a dataset
+#         and M its trajectories; in rollouts N episodes side by side.
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 2. Arguments and the paper's settings --------------------------------------------------------------------------
 
 DatasetKind = Literal["random", "medium", "medium-replay", "expert", "human", "cloned", "umaze", "diverse"]
 
 
 @dataclass
 class Args:
-    """Pretrain a Decision Transformer on offline data. Fields left at None take the row of the environment."""
+    """Pretrain a Decision Transformer on offline data. Fields left at None take the task's row (ROWS)."""
 
-    env_id: str = "Hopper-v5"
-    """gymnasium or gymnasium-robotics id of the environment"""
-    dataset: str = "random"
-    """a Minari id, a path ending in .hdf5 (D4RL's layout), or "random": uniformly random actions in --env-id"""
-    dataset_kind: DatasetKind | None = None
-    """kind of data, picks the paper's row [None: from the name, else medium, cloned (Adroit) or umaze (AntMaze)]"""
-    dataset_steps: int = 100_000
-    """size of the "random" dataset [environment steps]"""
-    drop_last_episode: bool = False
-    """leave out the last trajectory, as the paper's episode counts do (its door-human: 6,504 of 6,729 steps)"""
+    env_id: str = "Hopper-v5"  # an environment of gymnasium, gymnasium-robotics, or MODULE:ID of your own
+    dataset: str = "random"  # a Minari id, a path ending in .hdf5 (D4RL's layout), or random: uniformly random actions
+    dataset_kind: DatasetKind | None = None  # kind of data, picks the row [None: read off the dataset's name]
+    dataset_steps: int = 100_000  # size of the random dataset [environment steps]
+    drop_last_episode: bool = False  # leave out the last trajectory, as the paper's episode counts do
+    save_data: bool = False  # keep the data as RUN_DIR/data.npz, for q_guided_grpo_dt.py (Ant: 460 MB a million steps)
+    seed: int = 1  # seed of every random stream
 
-    model: Literal["dt", "reinformer"] = "dt"
-    """dt: tokens (g, s, a), the return-to-go is given; reinformer: tokens (s, g, a), it is predicted"""
-    embed_dim: int = 512
-    """E, width of the transformer"""
-    n_layers: int = 4
-    """number of transformer blocks"""
-    n_heads: int = 4
-    """attention heads per block, divides --embed-dim"""
-    dropout: float = 0.1
-    """dropout on embeddings, attention weights and block outputs, while pretraining only [probability]"""
-    c_offline: int | None = None
-    """c_offline: context length in training [steps; None: the row]"""
-    c_online: int | None = None
-    """c_online: context length in evaluation and finetuning [steps; None: the row]"""
+    # Network
+    embed_dim: int = 512  # E, width of the transformer
+    n_layers: int = 4  # transformer blocks
+    n_heads: int = 4  # attention heads per block
+    dropout: float = 0.1  # dropout in embeddings, attention and blocks, while pretraining only [probability]
+    c_offline: int | None = None  # context length in training [steps]
+    c_online: int | None = None  # context length [steps]
 
-    updates: int | None = None
-    """gradient updates in total [None: the row]"""
-    batch_size: int = 256
-    """windows per update"""
-    lr: float | None = None
-    """learning rate of LAMB: relative movement of a tensor per update [None: the row]"""
-    warmup: int | None = None
-    """linear learning-rate warm-up [updates; None: 10,000, or a tenth of --updates if below the row's number]"""
-    weight_decay: float = 1e-4
-    """weight decay, on every tensor as in ODT"""
-    max_grad_norm: float = 0.5
-    """bound of the global gradient norm"""
-    kappa_initial: float = 0.1
-    """initial value of the entropy dual variable kappa"""
-    kappa_lr: float = 1e-4
-    """Adam's learning rate on log kappa"""
-    return_loss_weight: float = 1.0
-    """weight of the return loss [reinformer only]"""
-    expectile: float = 0.99
-    """tau of the expectile regression of the return [reinformer only]"""
+    # Update
+    updates: int | None = None  # gradient updates in total
+    batch_size: int = 256  # windows per update
+    lr: float | None = None  # of LAMB: relative movement of a tensor per update
+    warmup: int | None = None  # linear warm-up [updates; None: 10,000, or a tenth of --updates below the row's number]
+    weight_decay: float = 1e-4  # weight decay, on every tensor as in ODT
+    max_grad_norm: float = 0.5  # bound of the global gradient norm
+    kappa_initial: float = 0.1  # initial value of the entropy dual variable kappa
+    kappa_lr: float = 1e-4  # Adam's learning rate on log kappa
 
-    g_eval: float | None = None
-    """initial return-to-go of evaluations [raw; None: g_online, in pretraining the row's; reinformer has none]"""
-    eval_episodes: int = 10
-    """episodes of an evaluation"""
-
-    seed: int = 1
-    """seed of every random stream"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the network runs [auto: cuda if there is one]"""
-    bf16: bool = True
-    """bf16 matrix products where the hardware has units for it (AVX512-BF16, AMX, GPUs since Ampere)"""
-    threads: int | None = None
-    """CPU threads of torch [None: torch's choice, the number of cores]"""
-    log_every: int = 100
-    """a console line, a row of metrics.csv and a checkpoint every so many updates"""
-    run_dir: str | None = None
-    """folder of the run [None: runs/ENV__SCRIPT__KIND__SEED__TIME]"""
-    resume: str | None = None
-    """folder of a run to go on with; only its length, --device and --track may change"""
-    eval_only: str | None = None
-    """evaluate this checkpoint, or that in this folder, of any script here, and stop"""
-    capture_video: bool = False
-    """film the first evaluation episode into RUN_DIR/videos (needs moviepy and a GL library)"""
-    track: bool = False
-    """also log to Weights & Biases (needs wandb)"""
+    # The run
+    g_online: float | None = None  # initial return-to-go of rollouts and evaluations [raw reward units]
+    eval_episodes: int = 10  # episodes of an evaluation
+    log_every: int = 100  # updates between rows of metrics.csv, each with a checkpoint
+    threads: int | None = None  # CPU threads of torch [None: torch's choice, or OMP_NUM_THREADS]
+    cuda: bool = True  # run the network on a GPU if there is one
+    bf16: bool = True  # bf16 matrix products where the hardware has units for it
+    run_dir: str | None = None  # folder of the run [None: runs/ENV__SCRIPT__KIND__SEED__TIME]
+    resume: str | None = None  # folder of a run to go on with; flags given with it hold from there on
+    eval_only: str | None = None  # evaluate the checkpoint in this folder, of any script here, and stop
+    capture_video: bool = False  # film each evaluation's first episode into RUN_DIR/videos (needs moviepy)
+    track: bool = False  # also log to Weights & Biases (needs wandb)
 
 
-class Row(NamedTuple):
-    """Pretraining settings of a task; the fields that Args leaves at None."""
-
-    updates: int
-    lr: float
-    c_offline: int  # paper's Table 6
-    c_online: int  # paper's Table 6
-    g_eval: float | None  # raw units; ODT's and ODT+TD3's evaluation returns-to-go, g_online for Adroit
-
-
-# Updates and learning rates are ODT+TD3's (Yan et al. 2024), to which the paper's Appendix B.1 defers.
+# Updates and learning rates are ODT+TD3's (Yan et al. 2024), to which the paper's Appendix B.1 defers; contexts are
+# those of Table 6. g_online is the return-to-go that evaluations begin at: ODT's and ODT+TD3's, for Adroit the paper's.
 # Relocate and HalfCheetah are not in the paper: ODT+TD3's too, but for a context of 1. Keys: the id up to the version.
+COLUMNS = ("updates", "lr", "c_offline", "c_online", "g_online")
 ROWS = {
-    "Hopper": Row(5_000, 1e-4, 20, 1, 3600.0),
-    "Walker2d": Row(10_000, 1e-3, 20, 1, 5000.0),
-    "Ant": Row(5_000, 1e-4, 20, 1, 6000.0),
-    "HalfCheetah": Row(5_000, 1e-4, 20, 1, 6000.0),
-    "AdroitHandDoor": Row(40_000, 1e-4, 5, 1, 3000.0),
-    "AdroitHandPen": Row(40_000, 1e-4, 5, 1, 6000.0),
-    "AdroitHandHammer": Row(40_000, 1e-4, 5, 5, 4000.0),
-    "AdroitHandRelocate": Row(40_000, 1e-4, 5, 1, 5000.0),
-    "AntMaze": Row(200_000, 1e-4, 5, 1, 1.0),
-    "AntMaze diverse": Row(200_000, 1e-4, 1, 5, 1.0),
+    "Hopper": (5_000, 1e-4, 20, 1, 3600.0),
+    "Walker2d": (10_000, 1e-3, 20, 1, 5000.0),
+    "Ant": (5_000, 1e-4, 20, 1, 6000.0),
+    "HalfCheetah": (5_000, 1e-4, 20, 1, 6000.0),
+    "AdroitHandDoor": (40_000, 1e-4, 5, 1, 3000.0),
+    "AdroitHandPen": (40_000, 1e-4, 5, 1, 6000.0),
+    "AdroitHandHammer": (40_000, 1e-4, 5, 5, 4000.0),
+    "AdroitHandRelocate": (40_000, 1e-4, 5, 1, 5000.0),
+    "AntMaze": (200_000, 1e-4, 5, 1, 1.0),
+    "AntMaze diverse": (200_000, 1e-4, 1, 5, 1.0),
 }
 
 
-def fill_from_row(args: Args) -> str:
-    """Fill the fields of `args` that are None from the task's row; returns a line that says which row that is."""
-    task, name = task_of(args.env_id), Path(args.dataset).name.lower().replace("_", "-")
+def fill_from_row(args: Args, best_return: float) -> None:
+    """Fill the fields that are None from the task's row, and print what is in use. Outside the table that is Hopper's
+    row, and g_online the best return of the dataset."""
+    task = task_of(args.env_id)
     if args.dataset_kind is None:
+        name = Path(args.dataset).name.lower().replace("_", "-")
         named = ("random", "medium-replay", "medium", "expert", "human", "cloned", "diverse")
         default = "cloned" if task.startswith("Adroit") else "umaze" if task == "AntMaze" else "medium"
         args.dataset_kind = next((kind for kind in named if kind in name), default)
     key = "AntMaze diverse" if task == "AntMaze" and args.dataset_kind == "diverse" else task
-    row = ROWS.get(key, ROWS["Hopper"]._replace(g_eval=None))
+    row = dict(zip(COLUMNS, ROWS.get(key, ROWS["Hopper"])))
+    if key not in ROWS:
+        row["g_online"] = best_return
     if args.warmup is None:
         # LAMB moves a tensor by about lr of its norm per update: 2,000 updates under a warm-up of 10,000 would
         # move it by 2 %, and the network would still be the untrained one. Departure (4).
-        args.warmup = 10_000 if args.updates is None or args.updates >= row.updates else max(1, args.updates // 10)
-    for field, value in row._asdict().items():
-        if getattr(args, field) is None:
-            setattr(args, field, value)
-    source = f"row {key}" if key in ROWS else f"no row for {task}: Hopper's row, g_eval = best return of the data"
-    return (
-        f"{source}, {args.dataset_kind} data: updates {args.updates:,}, lr {args.lr:g}, warm-up {args.warmup:,}, "
-        f"c_offline {args.c_offline}, c_online {args.c_online}"
+        full = args.updates is None or args.updates >= row["updates"]
+        args.warmup = 10_000 if full else max(1, args.updates // 10)
+    for name, value in row.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    values = ", ".join(f"{name} {getattr(args, name):g}" for name in (*COLUMNS, "warmup"))
+    source = f"row {key}" if key in ROWS else "row outside the table"
+    print(f"{source} ({args.dataset_kind} data): {values}", flush=True)
+
+
+# ---- 3. Model -------------------------------------------------------------------------------------------------------
+
+ACTION_LIMIT = 1.0 - 1e-6  # ODT's: actions stay inside (-1, 1), where atanh is finite
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # the standard deviation depends on the state, squashed into this range
+
+
+def squash(u: torch.Tensor) -> torch.Tensor:
+    """The action tanh(u), inside ODT's limits. That of a mean u is the median of the law. Departure (1)."""
+    return torch.tanh(u).clamp(-ACTION_LIMIT, ACTION_LIMIT)
+
+
+def log_prob(dist: Normal, u: torch.Tensor) -> torch.Tensor:
+    """log-density of the action tanh(u) for u ~ dist, summed over its dimensions: (..., A) -> (...)."""
+    log_slope = 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))  # log d tanh(u)/du, stable for large |u|
+    return (dist.log_prob(u) - log_slope).sum(-1)
+
+
+def attention(q, k, v, mask: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Softmax attention. q (B, heads, L', E / heads), k, v (B, heads, L, E / heads), mask (B or 1, 1, L', L)."""
+    if k.shape[2] > 3:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    # Few tokens: plain products take a fraction of the time of a kernel that is made for long sequences.
+    logits = (q.float().unsqueeze(3) * k.float().unsqueeze(2)).sum(-1)  # (B, heads, L', L)
+    logits = logits / q.shape[-1] ** 0.5
+    weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
+    weights = F.dropout(weights, dropout).unsqueeze(4)  # (B, heads, L', L, 1)
+    return (weights * v.float().unsqueeze(2)).sum(3)  # (B, heads, L', E / heads)
+
+
+class Block(nn.Module):
+    """Pre-LayerNorm transformer block: x += attention(LN x); x += MLP(LN x)."""
+
+    def __init__(self, embed_dim: int, n_heads: int, dropout: float):
+        super().__init__()
+        self.n_heads = n_heads
+        self.dropout = dropout
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.query = nn.Linear(embed_dim, embed_dim)
+        self.key_value = nn.Linear(embed_dim, 2 * embed_dim)
+        self.project = nn.Linear(embed_dim, embed_dim)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.up = nn.Linear(embed_dim, 4 * embed_dim)
+        self.down = nn.Linear(4 * embed_dim, embed_dim)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor, read: slice = slice(None)) -> torch.Tensor:
+        """x (B, L, E), mask (B or 1, 1, L, L) True where a query may look -> the tokens in `read` (B, L', E)."""
+        dropout = self.dropout if self.training else 0.0
+        h = self.norm1(x)
+        q = self.query(h[:, read].contiguous())  # (B, L', E); strided, it would round otherwise without gradients
+        k, v = self.key_value(h).chunk(2, dim=-1)  # (B, L, E) each
+        q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, E / heads)
+        h = attention(q, k, v, mask[:, :, read], dropout)
+        h = self.project(h.transpose(1, 2).flatten(2))  # (B, L', E)
+        x = x[:, read] + F.dropout(h, dropout)
+        h = self.down(F.silu(self.up(self.norm2(x))))
+        return x + F.dropout(h, dropout)
+
+
+class DecisionTransformer(nn.Module):
+    """ODT's stochastic Decision Transformer with the paper's Table 5.
+
+    Tokens (g_1, s_1, a_1, ..., g_K, s_K); the action of a step is read from its state token. Takes raw observations and
+    raw returns: their mean, std and scale are buffers, saved with the weights.
+    """
+
+    kind = "dt"
+
+    def __init__(self, obs_dim, act_dim, embed_dim=512, n_layers=4, n_heads=4, kind="dt", dropout=0.0):
+        super().__init__()
+        self.act_dim = act_dim
+        self.dropout = dropout
+        self.bf16 = False
+        self.embed_return = nn.Linear(1, embed_dim)
+        self.embed_observation = nn.Linear(obs_dim, embed_dim)
+        self.embed_action = nn.Linear(act_dim, embed_dim)
+        self.norm_in = nn.LayerNorm(embed_dim)
+        self.blocks = nn.ModuleList(Block(embed_dim, n_heads, dropout) for _ in range(n_layers))
+        self.norm_out = nn.LayerNorm(embed_dim)
+        self.mean_head = nn.Linear(embed_dim, act_dim)
+        self.log_std_head = nn.Linear(embed_dim, act_dim)
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
+        self.register_buffer("return_scale", torch.ones(()))
+        for layer in self.blocks.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)  # GPT-2's; embeddings keep PyTorch's
+                nn.init.zeros_(layer.bias)
+        for head in (self.mean_head, self.log_std_head):
+            nn.init.orthogonal_(head.weight)
+            nn.init.zeros_(head.bias)
+
+    def attention_mask(self, real: torch.Tensor, n_tokens: int) -> torch.Tensor:
+        """Causal, and blind to padded steps: (B, 1, L, L). real (B, K): False where a step is left padding."""
+        causal = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=real.device).tril()
+        visible = real.repeat_interleave(3, dim=1)[:, None, None, :n_tokens]  # (B, 1, 1, L)
+        itself = torch.eye(n_tokens, dtype=torch.bool, device=real.device)  # else a padded row sees nothing: NaN
+        return (causal & visible) | itself
+
+    def forward(self, observations, returns, actions, real, every_step: bool = False) -> Normal:
+        """Law of u at a window's last step, (B, A), or at every step, (B, K, A); the action is tanh(u).
+
+        observations (B, K, S) and returns (B, K): raw. actions (B, K, A) in [-1, 1]; the last one is not read.
+        real (B, K): False where a step is left padding.
+        """
+        n_tokens = 3 * returns.shape[1] - 1  # none for the last action, which is yet to be chosen
+        dropout = self.dropout if self.training else 0.0
+        s = self.embed_observation((observations - self.obs_mean) / self.obs_std)  # (B, K, E)
+        g = self.embed_return((returns * self.return_scale)[..., None])  # (B, K, E)
+        a = self.embed_action(actions)  # (B, K, E)
+        tokens = [g, s, a][:n_tokens]  # at context 1 without a, whose weights then have no gradient
+        x = torch.stack(tokens, dim=2).flatten(1, 2)[:, :n_tokens]  # (B, L, E); no positional embedding (B.1)
+        x = F.dropout(self.norm_in(x), dropout)
+        mask = self.attention_mask(real, n_tokens)
+        read = slice(1, None, 3) if every_step else slice(-1, None)  # the state tokens that actions are read from
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):  # departure (6)
+            for block in self.blocks[:-1]:
+                x = block(x, mask)
+            x = self.blocks[-1](x, mask, read)  # works out no more than is read
+        x = self.norm_out(x.float())  # (B, 1 or K, E)
+        x = x if every_step else x[:, 0]
+        spread = torch.tanh(self.log_std_head(x))
+        log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (spread + 1.0)
+        return Normal(self.mean_head(x), log_std.exp(), validate_args=False)
+
+    def conditioned_on(self, observations, returns, actions, real) -> torch.Tensor:
+        """The returns-to-go (B, K) that actions are conditioned on: those asked for. Takes what `forward` takes. A
+        model that predicts its own (benchmark/reinformer.py) puts that of the last step in place."""
+        return returns
+
+
+# ---- 4. Rollouts ----------------------------------------------------------------------------------------------------
+
+
+class Steps(NamedTuple):
+    """N rollouts of T steps side by side, behind the K - 1 steps before them: the window of step t is [t, t + K)."""
+
+    observations: np.ndarray  # (N, K - 1 + T, S)
+    returns: np.ndarray  # (N, K - 1 + T) the return-to-go that the action was conditioned on, raw
+    actions: np.ndarray  # (N, K - 1 + T, A) in [-1, 1]
+    real: np.ndarray  # (N, K - 1 + T) False: padding, or after the end
+    u: np.ndarray  # (N, T, A) before tanh: the action is tanh(u)
+    rewards: np.ndarray  # (N, T)
+    snapshots: np.ndarray  # (N, T, D) state of the simulator before each action, (N, 0, 0) if not asked for
+    terminated: np.ndarray  # (N,) whether the task ended it, not a limit
+    last_observation: np.ndarray  # (N, S) after the last step
+
+
+@torch.no_grad()
+def rollout(policy, sims, observations, g, noise, last, past=None, context=1, snapshots=False) -> Steps:
+    """Play `sims` side by side from `observations` (N, S) at returns-to-go g (N,), row i for last[i] steps at most.
+
+    noise (N, L, A): the first L steps sample, those after them take the mean action; L = 0 is an evaluation.
+    past: the K - 1 steps before, as the first four fields of Steps [None: padding].
+    """
+    n, sampled, act_dim = noise.shape
+    front = context - 1
+    total = int(last.max())
+    device = policy.obs_mean.device
+    g = g.astype(np.float64)  # astype copies: the caller's arrays stay as they are
+    observations = observations.astype(np.float64)
+    steps = Steps(
+        observations=np.zeros((n, front + total, observations.shape[1]), np.float32),
+        returns=np.zeros((n, front + total), np.float32),
+        actions=np.zeros((n, front + total, act_dim), np.float32),
+        real=np.zeros((n, front + total), bool),
+        u=np.zeros((n, total, act_dim), np.float32),
+        rewards=np.zeros((n, total)),
+        snapshots=np.zeros((n, total, sims.states.shape[1]) if snapshots else (n, 0, 0)),
+        terminated=np.zeros(n, bool),
+        last_observation=observations,
     )
+    for field, before in zip(steps, past or ()):
+        field[:, :front] = before
+    alive = np.arange(n)
+    with torch.autocast(device.type, enabled=False):  # a bracket, so that the blocks' bf16 weights are made once
+        for t in range(total):
+            now = (alive, front + t)
+            steps.observations[now] = observations[alive]
+            steps.returns[now] = g[alive]
+            steps.real[now] = True
+            if snapshots:
+                steps.snapshots[alive, t] = sims.states[alive]
+            window = [torch.from_numpy(field[alive, t : t + context]).to(device) for field in steps[:4]]
+            window[1] = policy.conditioned_on(*window)
+            steps.returns[now] = window[1][:, -1].cpu()
+            dist = policy(*window)
+            u = dist.mean
+            if t < sampled:
+                u = u + dist.stddev * torch.from_numpy(noise[alive, t]).to(device)
+            steps.u[alive, t] = u.cpu()
+            steps.actions[now] = squash(u).cpu()
+            observations[alive], rewards, terminated, truncated = sims.step(alive, steps.actions[now])
+            steps.rewards[alive, t] = rewards
+            steps.terminated[alive] = terminated
+            g[alive] -= rewards  # g_{h+1} = g_h - r_h, never clamped
+            alive = alive[~terminated & ~truncated & (t + 1 < last[alive])]
+            if not len(alive):
+                break
+    return steps
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Environment
-# ---------------------------------------------------------------------------------------------------------------------
+def evaluate(policy, sims, args: Args, iteration: int, film_to: Path | None = None) -> dict[str, float]:
+    """Episodes with the mean action, from g_online: the columns eval/ of metrics.csv. The same (seed, iteration) plays
+    the same episodes, so a saved model scores what it scored in memory. film_to: a folder, for the first episode."""
+    begun = time.perf_counter()
+    seeds = np.random.default_rng([args.seed, iteration, 1]).integers(2**31, size=args.eval_episodes)
+    n = len(seeds)
+    g, last = np.full(n, args.g_online), np.full(n, sims.limit)
+    noise = np.zeros((n, 0, policy.act_dim), np.float32)
+    steps = rollout(policy, sims, sims.reset(seeds), g, noise, last, context=args.c_online)
+    if film_to:
+        film(sims.env, args.env_id, int(seeds[0]), steps.actions[0][steps.real[0]], film_to)
+    returns = steps.rewards.sum(1)
+    return {
+        "eval/return_mean": returns.mean().item(),
+        "eval/return_std": returns.std().item(),
+        "eval/length_mean": steps.real.sum(1).mean().item(),
+        "eval/normalized_score": normalized_score(args.env_id, returns.mean().item()),
+        "time/eval": time.perf_counter() - begun,
+    }
+
+
+# ---- 5. Loss and update ---------------------------------------------------------------------------------------------
+
+
+class Windows(NamedTuple):
+    """A batch of windows of up to K steps, left-padded."""
+
+    observations: torch.Tensor  # (B, K, S)
+    returns: torch.Tensor  # (B, K) return-to-go, raw
+    actions: torch.Tensor  # (B, K, A) in (-1, 1)
+    real: torch.Tensor  # (B, K) False: padding
+
+
+def draw_windows(data: Dataset, context: int, size: int, rng: np.random.Generator) -> Windows:
+    """`size` windows. Every step of the data is equally likely to be the first: so ODT draws, a trajectory in
+    proportion to its length, then a uniform step. Near a trajectory's end a window is short, and padded."""
+    ends = np.cumsum(data.lengths)  # (M,)
+    first = rng.integers(len(data.rewards), size=size)  # (B,)
+    end = ends[np.searchsorted(ends, first, side="right")]  # (B,)
+    length = np.minimum(context, end - first)  # (B,)
+    offset = np.arange(context) - (context - length)[:, None]  # (B, K) negative: padding
+    real = offset >= 0
+    index = first[:, None] + offset.clip(min=0)
+    fields = [data.observations[index] * real[..., None], data.returns[index] * real, data.actions[index], real]
+    return Windows(*(torch.from_numpy(field) for field in fields))
+
+
+def masked_mean(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Mean over the real steps: values and real of one shape."""
+    return (values * real).sum() / real.sum()
+
+
+def pretrain_loss(model: DecisionTransformer, windows: Windows, kappa: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """-log pi(a | window) and minus the entropy term kappa H; and the values to log."""
+    real = windows.real
+    dist = model(*windows, every_step=True)  # of u, (B, K, A)
+    nll = -masked_mean(log_prob(dist, torch.atanh(windows.actions)), real)
+    entropy = masked_mean(-log_prob(dist, dist.rsample()), real)  # estimated by one sample a step
+    loss = nll - kappa * entropy  # the entropy constraint's Lagrangian
+    mse = masked_mean((squash(dist.mean) - windows.actions).square().mean(-1), real)
+    return loss, {"nll": nll, "entropy": entropy, "action_mse": mse}
+
+
+class Learner:
+    """Network, optimisers and entropy dual: all that an update changes."""
+
+    def __init__(self, model: DecisionTransformer, args: Args):
+        self.model = model.train()
+        self.args = args
+        self.updates = 0
+        self.optimizer = Lamb(model.parameters(), args.lr, args.weight_decay)
+        self.log_kappa = torch.tensor(math.log(args.kappa_initial), device=model.obs_mean.device, requires_grad=True)
+        self.dual = torch.optim.Adam([self.log_kappa], lr=args.kappa_lr)
+        self.logged: list[dict[str, torch.Tensor]] = []  # the values of each update since the last row
+
+    def update(self, data: Dataset, rng: np.random.Generator) -> None:
+        """A gradient step."""
+        args, device = self.args, self.log_kappa.device
+        fields = draw_windows(data, args.c_offline, args.batch_size, rng)
+        windows = Windows(*(field.to(device) for field in fields))
+        torch.manual_seed(int(rng.integers(2**31)))  # of dropout and the entropy's samples
+        kappa = self.log_kappa.exp()
+        loss, values = pretrain_loss(self.model, windows, kappa.detach())
+        self.optimizer.zero_grad()
+        loss.backward()
+        values["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+        self.updates += 1
+        self.optimizer.param_groups[0]["lr"] = args.lr * min(self.updates / args.warmup, 1.0)
+        self.optimizer.step()
+        # the dual of H >= rho, rho = -dim A: min over kappa >= 0 of kappa (H - rho)
+        self.dual.zero_grad()
+        (kappa * (values["entropy"].detach() + self.model.act_dim)).backward()
+        self.dual.step()
+        values["kappa"] = kappa
+        self.logged.append({name: value.detach() for name, value in values.items()})
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the updates since the last row, columns of metrics.csv; the only wait for the device."""
+        table = torch.stack([torch.stack([*values.values()]) for values in self.logged])  # (updates, values)
+        means = table.mean(0).tolist()
+        if not all(map(math.isfinite, means)):
+            die("the loss is not finite: start a new run with a lower --lr; the last checkpoint is kept.")
+        losses = {f"losses/{name}": mean for name, mean in zip(self.logged[0], means)}
+        return losses | {"charts/learning_rate": self.optimizer.param_groups[0]["lr"]}
+
+    def state(self) -> dict:
+        """What, beside the weights, a resumed run needs."""
+        parts = dict(optimizer=self.optimizer.state_dict(), dual=self.dual.state_dict())
+        return parts | dict(log_kappa=self.log_kappa.detach(), updates=self.updates, logged=self.logged)
+
+    def load_state(self, state: dict) -> None:
+        """Go on from what `state` gave, at the rates of the arguments."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.dual.load_state_dict(state["dual"])
+        self.optimizer.param_groups[0]["weight_decay"] = self.args.weight_decay
+        self.dual.param_groups[0]["lr"] = self.args.kappa_lr
+        self.log_kappa.data.copy_(state["log_kappa"])
+        self.updates = state["updates"]
+        self.logged = [{name: v.to(self.log_kappa.device) for name, v in values.items()} for values in state["logged"]]
+
+
+# ---- 6. Pretraining -------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> Path:
+    """Pretrain, or go on with a run; returns the run's folder."""
+    check_args(args)
+    choose_run_dir(args)  # an occupied one is refused before data are collected
+    env_kwargs = maze_kwargs(args)
+    env = make_env(args.env_id, env_kwargs)
+    device = set_up_torch(args)
+    data = load_dataset(args, env)
+    fill_from_row(args, data.best_return())
+    facts = pretraining_facts(args, data, env_kwargs)
+    base = start_or_resume(args, data, facts)
+    model = load_model(base, device, args.bf16, args.dropout)
+    learner = Learner(model, args)
+    step, rows = 0, []
+    if args.resume:
+        learner.load_state(base["learner"])
+        step, rows = base["iteration"], base["rows"]
+    run_dir = choose_run_dir(args)
+    film_to = run_dir / "videos" if args.capture_video else None
+    with Environments(env, args.eval_episodes) as sims, Log(run_dir, args, args.updates, rows) as log:
+        if args.save_data:
+            save_data(run_dir / "data.npz", data)
+        begun, first = time.perf_counter(), step
+        while step < args.updates:
+            step += 1
+            rng = np.random.default_rng([args.seed, step])  # of all that is drawn in this update
+            learner.update(data, rng)
+            if step % args.log_every and step < args.updates:
+                continue
+            row = {"iteration": step} | learner.metrics()  # ends the run where a loss is not finite
+            if step % args.log_every == 0:
+                seconds = (time.perf_counter() - begun) / (step - first)
+                log.add(row | {"time/iteration": seconds})
+                learner.logged.clear()
+                begun, first = time.perf_counter(), step
+            content = dict(iteration=step, rows=log.rows, weights=model.state_dict(), learner=learner.state())
+            save_checkpoint(run_dir / "checkpoint.pt", facts | content)
+        # the closing row is not among the checkpoint's: a run that goes on to more updates has it at its new end
+        log.add({"iteration": step} | evaluate(model.eval(), sims, args, step, film_to))
+    print(f"checkpoint: {run_dir / 'checkpoint.pt'}", flush=True)
+    return run_dir
+
+
+# What follows is machinery, which a first reading may skip: optimiser, environments, datasets, the run's folder.
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB (You et al. 2019) as ODT uses it: Adam's direction with both bias corrections, weight decay on every tensor,
+    rescaled to the norm of the tensor it moves. So a step moves each tensor by lr of its norm, unless that is 0."""
+
+    def __init__(self, params, lr: float, weight_decay: float, betas=(0.9, 0.999), eps: float = 1e-8):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, step=0))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step for every parameter that has a gradient: at context 1 the action embedding has none."""
+        for group in self.param_groups:
+            group["step"] += 1
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    self.state[p] = dict(m=torch.zeros_like(p), v=torch.zeros_like(p))
+                m = self.state[p]["m"].lerp_(p.grad, 1.0 - beta1)
+                v = self.state[p]["v"].lerp_(p.grad.square(), 1.0 - beta2)
+                m_hat = m / (1.0 - beta1 ** group["step"])
+                v_hat = v / (1.0 - beta2 ** group["step"])
+                direction = m_hat / (v_hat.sqrt() + group["eps"]) + group["weight_decay"] * p
+                trust = p.norm() / direction.norm()
+                trust = torch.where((trust > 0) & trust.isfinite(), trust, 1.0)  # a zero tensor: a plain step
+                p -= group["lr"] * trust * direction
+
+
+# ---- 7. Environments ------------------------------------------------------------------------------------------------
 
 # D4RL's reference returns (random policy, expert): score = 100 (R - min) / (max - min).
 REFERENCE_RETURNS = {
@@ -201,15 +559,12 @@ REFERENCE_RETURNS = {
     "AdroitHandRelocate": (-6.425911, 4233.877797728884),
     "AntMaze": (0.0, 1.0),
 }
-
-# D4RL's umaze with its fixed start (r) and goal (g), in gymnasium-robotics' frame; a Minari dataset brings its own map.
-UMAZE = [[1, 1, 1, 1, 1], [1, "r", 0, 0, 1], [1, 1, 1, 0, 1], [1, "g", 0, 0, 1], [1, 1, 1, 1, 1]]
 GOAL_KEYS = ("achieved_goal", "observation", "desired_goal")
 
 
 def task_of(env_id: str) -> str:
     """'AdroitHandDoor-v1' -> 'AdroitHandDoor', 'AntMaze_UMaze-v4' -> 'AntMaze': the key of the tables."""
-    task = env_id.split("/")[-1].rsplit("-v", 1)[0]
+    task = re.split("[/:]", env_id)[-1].rsplit("-v", 1)[0]
     return "AntMaze" if task.startswith("AntMaze_") else task
 
 
@@ -219,57 +574,50 @@ def normalized_score(env_id: str, returns: float) -> float:
     return 100.0 * (returns - low) / (high - low)
 
 
-def flatten_observation(observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
-    """One flat vector (..., S). A goal dictionary in the order of GOAL_KEYS (AntMaze: 31), so that the first 29 are
-    D4RL's layout (qpos, qvel)."""
-    if isinstance(observation, dict):
-        return np.concatenate([observation[key] for key in GOAL_KEYS], axis=-1)
-    return np.asarray(observation)
-
-
-def d4rl_rules(task: str, observation: np.ndarray, reward, terminated) -> tuple:
-    """Reward and termination by D4RL's rules, from those of gymnasium-robotics 1.4.2 and the observation (..., S) after
-    the step. Since 1.2.1 its door, hammer and relocate add 0.1 |hand - object| where D4RL subtracts it: taking it off
-    twice puts that right. D4RL's pen ends when it has fallen below 0.075 m; today's never does."""
-    if task == "AdroitHandDoor":
-        reward = reward - 0.2 * np.linalg.norm(observation[..., 35:38], axis=-1)  # palm - handle
-    elif task == "AdroitHandHammer":
-        reward = reward - 0.2 * np.linalg.norm(observation[..., 33:36] - observation[..., 36:39], axis=-1)
-    elif task == "AdroitHandRelocate":
-        reward = reward - 0.2 * np.linalg.norm(observation[..., 30:33], axis=-1)  # palm - ball
-    elif task == "AdroitHandPen":
-        terminated = terminated | (observation[..., 26] < 0.075)  # height of the pen
-    return reward, terminated
-
-
 class D4RLRules(gym.Wrapper):
-    """Flat observations, and D4RL's rewards and terminations where today's packages differ (docs/datasets.md)."""
+    """Flat observations, and D4RL's rewards and terminations where gymnasium-robotics 1.4.2 differs (docs/datasets.md).
+
+    Since 1.2.1 its door, hammer and relocate add 0.1 |hand - object| where D4RL subtracts it: taking it off twice puts
+    that right. D4RL's pen ends when it has fallen below 0.075 m; today's never does.
+    """
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        self.task = task_of(env.spec.id)
+        self.rules = env.spec.id  # the corrections are for -v1 ids: a -v2 would be right as it is
         if isinstance(env.observation_space, gym.spaces.Dict):
             size = sum(space.shape[0] for space in env.observation_space.values())
             self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float64)
 
+    def flat(self, observation) -> np.ndarray:
+        """A copy of its own (S,); a goal dictionary in the order of GOAL_KEYS, whose first 29 are D4RL's AntMaze."""
+        if isinstance(observation, dict):
+            observation = np.concatenate([observation[key] for key in GOAL_KEYS])
+        return np.array(observation, np.float64)
+
     def reset(self, **kwargs):
         observation, info = self.env.reset(**kwargs)
-        return flatten_observation(observation), info
+        return self.flat(observation), info
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
-        observation = flatten_observation(observation)
-        reward, terminated = d4rl_rules(self.task, observation, reward, terminated)
-        return observation, float(reward), bool(terminated), truncated, info
+        observation = self.flat(observation)
+        reward = np.asarray(reward, np.float64).item()  # some tasks give an array (1,)
+        if self.rules == "AdroitHandDoor-v1":
+            reward -= 0.2 * np.linalg.norm(observation[35:38])  # palm - handle
+        elif self.rules == "AdroitHandHammer-v1":
+            reward -= 0.2 * np.linalg.norm(observation[33:36] - observation[36:39])
+        elif self.rules == "AdroitHandRelocate-v1":
+            reward -= 0.2 * np.linalg.norm(observation[30:33])  # palm - ball
+        elif self.rules == "AdroitHandPen-v1":
+            terminated = terminated or observation[26] < 0.075  # height of the pen
+        return observation, reward, bool(terminated), bool(truncated), info
 
 
-def make_env(env_id: str, env_kwargs: dict | None = None, render_mode: str | None = None) -> gym.Env:
-    """The environment `env_id` under D4RL's rules, with flat observations.
-
-    Exits with a line if it is unknown or has no time limit, or if observations or actions are not a flat Box, that of
-    actions bounded.
-    """
-    task, kwargs = task_of(env_id), dict(env_kwargs or {})
+def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> gym.Env:
+    """The environment `env_id` under D4RL's rules, with flat observations. Exits with a line if it does not suit."""
+    task, kwargs = task_of(env_id), dict(env_kwargs)
+    if render_mode:
+        kwargs["render_mode"] = render_mode
     if task == "AdroitHandPen":
         kwargs["max_episode_steps"] = 100  # D4RL's; gymnasium-robotics gives 200
     if task == "AntMaze":
@@ -280,190 +628,91 @@ def make_env(env_id: str, env_kwargs: dict | None = None, render_mode: str | Non
 
         gym.register_envs(gymnasium_robotics)
     try:
-        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True, **kwargs)
+        env = gym.make(env_id, disable_env_checker=True, **kwargs)
     except Exception as error:  # gymnasium's errors, missing packages, and whatever a task's own code raises
         die(f"cannot make the environment {env_id}: {str(error) or repr(error)}. Name one such as Hopper-v5 or Ant-v4.")
     actions, seen = env.action_space, env.observation_space
     parts = seen.values() if isinstance(seen, gym.spaces.Dict) and {*seen} == {*GOAL_KEYS} else [seen]
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (*parts, actions)):
         die(f"{env_id} has actions {actions} and observations {seen}: both must be flat Boxes (goal keys may stay).")
-    if not np.all(np.isfinite([actions.low, actions.high])):
+    if not actions.is_bounded():
         die(f"{env_id} has unbounded actions {actions}: they are scaled between their bounds, so give it finite ones.")
     if env.spec.max_episode_steps is None:
         die(f"{env_id} has no time limit, so an episode might never end: register it with max_episode_steps.")
     return D4RLRules(env)
 
 
-def scale_action(action: np.ndarray, env: gym.Env) -> np.ndarray:
-    """From the network's [-1, 1] to the bounds of the environment."""
-    low, high = env.action_space.low, env.action_space.high
-    return low + (action + 1.0) * 0.5 * (high - low)
+def scale_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
+    """From the network's [-1, 1] to the bounds of the environment, in the type of its Box: (..., A)."""
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    return (low + (action + 1.0) * 0.5 * (high - low)).astype(space.dtype)
 
 
-def unscale_action(action: np.ndarray, env: gym.Env) -> np.ndarray:
-    """From the bounds of the environment to the network's [-1, 1]."""
-    low, high = env.action_space.low, env.action_space.high
-    return 2.0 * (action - low) / (high - low) - 1.0
+def film(env: gym.Env, env_id: str, seed: int, actions: np.ndarray, folder: Path) -> None:
+    """Play the episode of `seed` again in a twin of `env`, by its actions (T, A), before a camera."""
+    try:
+        camera = make_env(env_id, env.unwrapped.spec.kwargs, "rgb_array")
+        camera = gym.wrappers.RecordVideo(camera, str(folder), lambda episode: True, name_prefix=f"seed-{seed}")
+        camera.reset(seed=seed)
+        for action in actions:
+            camera.step(scale_action(action, env.action_space))
+        camera.close()
+    except Exception as error:  # moviepy missing, no GL library, no display: each raises its own
+        die(f"cannot film {env_id}: {error}. It needs moviepy (pip install moviepy) and a GL library (MUJOCO_GL=egl).")
+    print(f"film: {folder}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Model
-# ---------------------------------------------------------------------------------------------------------------------
+class Environments:
+    """N environments of one kind, played side by side in this process. A context manager: leaving it closes them."""
 
-ACTION_LIMIT = 1.0 - 1e-6  # [1] ODT's: actions stay inside (-1, 1), where atanh is finite
-LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # [2] state-dependent, squashed into this range
+    def __init__(self, env: gym.Env, size: int):
+        """env: of make_env, the first of them; the others are made like it."""
+        kwargs = env.unwrapped.spec.kwargs
+        self.env, self.envs = env, [env, *(make_env(env.spec.id, kwargs) for _ in range(size - 1))]
+        self.limit, self.space, self.seconds = env.spec.max_episode_steps, env.action_space, 0.0
 
-
-class SquashedGaussian:
-    """The distribution of tanh(u) with u ~ N(mean, std^2), independent per dimension. mean, log_std: (..., A)."""
-
-    def __init__(self, mean: torch.Tensor, log_std: torch.Tensor):
-        self.mean, self.log_std = mean, log_std
-
-    def mode(self) -> torch.Tensor:
-        """The deterministic action tanh(mean): the median of the law, not its expectation. Departure (1)."""
-        return torch.tanh(self.mean).clamp(-ACTION_LIMIT, ACTION_LIMIT)  # (..., A)
-
-    def sample(self, noise: torch.Tensor) -> torch.Tensor:
-        """The pre-tanh sample u (..., A) for standard normal `noise`; differentiable. The action is tanh(u)."""
-        return self.mean + self.log_std.exp() * noise
-
-    def log_prob(self, u: torch.Tensor) -> torch.Tensor:
-        """log-density of the action tanh(u), summed over its dimensions: (...)."""
-        normal = -0.5 * ((u - self.mean) * (-self.log_std).exp()) ** 2 - self.log_std - 0.5 * math.log(2 * math.pi)
-        log_slope = 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))  # [3] log d tanh(u)/du, stable for large |u|
-        return (normal - log_slope).sum(-1)
-
-    def entropy(self, noise: torch.Tensor) -> torch.Tensor:
-        """Entropy, estimated by one differentiable sample: (...)."""
-        return -self.log_prob(self.sample(noise))  # [4]
-
-
-class Linear(nn.Linear):
-    """A linear layer whose product runs in `compute_dtype`: in bf16 it uses the matrix units. Weights stay in fp32."""
-
-    compute_dtype = torch.float32
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = self.compute_dtype
-        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
-
-
-class Block(nn.Module):
-    """Pre-LayerNorm transformer block: x += attention(LN x); x += MLP(LN x)."""
-
-    def __init__(self, embed_dim: int, n_heads: int, dropout: float):
-        super().__init__()
-        self.n_heads, self.dropout = n_heads, dropout
-        self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
-        self.query, self.key_value = Linear(embed_dim, embed_dim), Linear(embed_dim, 2 * embed_dim)
-        self.project = Linear(embed_dim, embed_dim)
-        self.up, self.down = Linear(embed_dim, 4 * embed_dim), Linear(4 * embed_dim, embed_dim)
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor, read: slice = slice(None)) -> torch.Tensor:
-        """x (B, L, E), mask (B or 1, 1, L, L) True where a query may look -> the tokens in `read` (B, L', E)."""
-        drop = self.dropout if self.training else 0.0
-        h = self.norm1(x)
-        q = self.query(h[:, read].contiguous())  # (B, L', E); strided, it would round otherwise without gradients
-        k, v = self.key_value(h).chunk(2, dim=-1)  # (B, L, E) each
-        q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, E / heads)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :, read], dropout_p=drop)
-        h = self.project(h.transpose(1, 2).flatten(2))  # (B, L', E)
-        x = x[:, read] + F.dropout(h, drop)
-        return x + F.dropout(self.down(F.silu(self.up(self.norm2(x)))), drop)
-
-
-class DecisionTransformer(nn.Module):
-    """ODT's stochastic Decision Transformer with the paper's Table 5, or Reinformer as a variant of it.
-
-    dt: tokens (g_1, s_1, a_1, ..., g_K, s_K); the action is read from the state token.
-    reinformer: tokens (s_1, g_1, a_1, ..., s_K, g_K); the return is read from the state token, the action from g's.
-    Either way the action is read from a step's second token. Nothing can read the last action token, so there is none.
-    Takes raw observations and raw returns: their mean, std and scale are buffers, saved with the weights.
-    """
-
-    def __init__(self, obs_dim, act_dim, embed_dim=512, n_layers=4, n_heads=4, kind="dt", dropout=0.0):
-        super().__init__()
-        self.kind, self.act_dim, self.dropout = kind, act_dim, dropout
-        self.sizes = dict(obs_dim=obs_dim, act_dim=act_dim, embed_dim=embed_dim, n_layers=n_layers, n_heads=n_heads)
-        self.sizes["kind"] = kind
-        self.embed_return = nn.Linear(1, embed_dim)
-        self.embed_observation = nn.Linear(obs_dim, embed_dim)
-        self.embed_action = nn.Linear(act_dim, embed_dim)
-        self.norm_in = nn.LayerNorm(embed_dim)
-        self.blocks = nn.ModuleList(Block(embed_dim, n_heads, dropout) for _ in range(n_layers))
-        self.norm_out = nn.LayerNorm(embed_dim)
-        self.mean_head, self.log_std_head = nn.Linear(embed_dim, act_dim), nn.Linear(embed_dim, act_dim)
-        self.return_head = nn.Linear(embed_dim, 1) if kind == "reinformer" else None
-        self.register_buffer("obs_mean", torch.zeros(obs_dim))
-        self.register_buffer("obs_std", torch.ones(obs_dim))
-        self.register_buffer("return_scale", torch.ones(()))
-        for layer in (layer for block in self.blocks for layer in block.modules() if isinstance(layer, Linear)):
-            nn.init.normal_(layer.weight, std=0.02)  # [5] GPT-2's; embeddings and return head keep PyTorch's
-            nn.init.zeros_(layer.bias)
-        for head in (self.mean_head, self.log_std_head):
-            nn.init.orthogonal_(head.weight)
-            nn.init.zeros_(head.bias)
-
-    def use_precision(self, dtype: torch.dtype) -> "DecisionTransformer":
-        """Run the matrix products of the blocks in `dtype`."""
-        for layer in self.modules():
-            if isinstance(layer, Linear):
-                layer.compute_dtype = dtype
+    def __enter__(self) -> Environments:
         return self
 
-    def attention_mask(self, real: torch.Tensor | None, n_tokens: int, device: torch.device) -> torch.Tensor:
-        """Causal, and blind to padded steps: (B or 1, 1, L, L). real (B, K): False where a step is left padding."""
-        causal = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).tril()[None, None]
-        if real is None:
-            return causal
-        visible = real.repeat_interleave(3, dim=1)[:, None, None, :n_tokens]  # (B, 1, 1, L)
-        itself = torch.eye(n_tokens, dtype=torch.bool, device=device)  # [6] else a padded row sees nothing: NaN
-        return (causal & visible) | itself
+    def __exit__(self, *_) -> None:
+        for env in self.envs:
+            env.close()
 
-    def forward(self, observations, returns, actions, real=None) -> tuple[SquashedGaussian, torch.Tensor | None]:
-        """Distribution of each step's action, (B, K, A), and the returns (B, K) that reinformer predicts (dt: None).
+    def reset(self, seeds: np.ndarray) -> np.ndarray:
+        """A new episode from each of `seeds` (n,) in the first n environments: observations (n, S)."""
+        return np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds)])
 
-        observations (B, K, S) and returns (B, K): raw. actions (B, K - 1, A) in [-1, 1]: those before the last step.
-        real (B, K): False where a step is left padding [None: nowhere].
-        """
-        context, drop = returns.shape[1], self.dropout if self.training else 0.0
-        # [7] No positional or time-step embedding: order is known through the causal mask alone (Appendix B.1).
-        s = self.embed_observation((observations - self.obs_mean) / self.obs_std)  # (B, K, E)
-        g = self.embed_return((returns * self.return_scale)[..., None])  # (B, K, E)
-        slots = [g, s] if self.kind == "dt" else [s, g]
-        if context > 1:  # [8] the slot of the last action is cut off below: nothing could read it
-            slots.append(F.pad(self.embed_action(actions), (0, 0, 0, 1)))
-        x = torch.stack(slots, dim=2).flatten(1, 2)[:, : 3 * context - 1]  # (B, L, E), L = 3 K - 1
-        x = F.dropout(self.norm_in(x), drop)
-        mask = self.attention_mask(real, x.shape[1], x.device)
-        for block in self.blocks[:-1]:
-            x = block(x, mask)
-        # [9] The last block works out only what is read from it. dt: second tokens; reinformer: first and second.
-        if self.kind == "dt":
-            action_tokens = self.norm_out(self.blocks[-1](x, mask, slice(1, None, 3)))  # (B, K, E)
-            predicted_returns = None
-        else:
-            x = self.norm_out(self.blocks[-1](x, mask))
-            state_tokens, action_tokens = x[:, 0::3].contiguous(), x[:, 1::3].contiguous()  # (B, K, E)
-            predicted_returns = self.return_head(state_tokens).squeeze(-1) / self.return_scale  # (B, K), raw
-        spread = torch.tanh(self.log_std_head(action_tokens))
-        log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (spread + 1.0)
-        return SquashedGaussian(self.mean_head(action_tokens), log_std), predicted_returns
-
-    def act(self, observations, returns, actions, real=None) -> tuple[SquashedGaussian, torch.Tensor]:
-        """Distribution of the window's last action, (B, A), and the return-to-go (B,) that it is conditioned on:
-        the given one for dt; reinformer first predicts it, then acts on it. Takes what `forward` takes."""
-        if self.kind == "reinformer":
-            _, predicted = self(observations, returns, actions, real)
-            returns = torch.cat([returns[:, :-1], predicted[:, -1:]], dim=1)
-        dist, _ = self(observations, returns, actions, real)
-        return SquashedGaussian(dist.mean[:, -1], dist.log_std[:, -1]), returns[:, -1]
+    def step(self, rows: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Step environments `rows` (n,) by actions (n, A) in [-1, 1]: observations (n, S), and rewards, terminated,
+        truncated (n,) each."""
+        begun = time.perf_counter()
+        outcomes = [self.envs[i].step(action)[:4] for i, action in zip(rows, scale_action(actions, self.space))]
+        observations, rewards, terminated, truncated = (np.array(each) for each in zip(*outcomes))
+        if not (np.isfinite(rewards).all() and np.isfinite(observations).all()):
+            die("a reward or observation is not finite: start a new run with another --seed.")
+        self.seconds += time.perf_counter() - begun
+        return observations, rewards, terminated, truncated
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Buffers
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 8. Datasets ----------------------------------------------------------------------------------------------------
+
+# D4RL's umaze with its fixed start (r) and goal (g), in gymnasium-robotics' frame; a Minari dataset brings its own map.
+UMAZE = [[1, 1, 1, 1, 1], [1, "r", 0, 0, 1], [1, 1, 1, 0, 1], [1, "g", 0, 0, 1], [1, 1, 1, 1, 1]]
+
+
+class Dataset(NamedTuple):
+    """Whole trajectories, one after the other: N steps in M trajectories. So it is kept in data.npz."""
+
+    observations: np.ndarray  # (N, S) float32
+    actions: np.ndarray  # (N, A) float32, in [-ACTION_LIMIT, ACTION_LIMIT]
+    rewards: np.ndarray  # (N,) float32
+    returns: np.ndarray  # (N,) float32, return-to-go: the sum of the rewards from a step on, raw and undiscounted
+    lengths: np.ndarray  # (M,) steps of each trajectory
+    terminated: np.ndarray  # (M,) whether the task ended it, not a time limit
+
+    def best_return(self) -> float:
+        """Of its trajectories."""
+        return self.returns[np.cumsum(self.lengths) - self.lengths].max().item()
 
 
 @dataclass
@@ -475,6 +724,136 @@ class RawData:
     rewards: np.ndarray  # (N,)
     terminals: np.ndarray  # (N,)
     timeouts: np.ndarray  # (N,)
+
+
+def load_dataset(args: Args, env: gym.Env) -> Dataset:
+    """The dataset named by `args`, checked against `env` and cut into finished trajectories, actions in [-1, 1]."""
+    if args.dataset == "random":
+        raw = collect_random(args, env)
+    else:
+        raw = read_hdf5(Path(args.dataset)) if args.dataset.endswith(".hdf5") else read_minari(args.dataset)
+    check_data(raw, args.dataset, env)
+    task = task_of(args.env_id)
+    pieces = cut_trajectories(raw, task, args.drop_last_episode)
+    if not pieces:
+        die(f"{args.dataset} has no finished trajectory: none of its steps is a terminal or timeout. Get more steps.")
+    actions = np.concatenate([raw.actions[piece] for piece in pieces])
+    low, high = env.action_space.low, env.action_space.high
+    outside = np.mean(np.any((actions < low) | (actions > high), axis=1))
+    if outside:
+        print(f"{100 * outside:.2f} % of the actions lie outside the bounds of {args.env_id}: clipped to them")
+    actions = 2.0 * (actions - low) / np.maximum(high - low, 1e-6) - 1.0  # the reverse of scale_action
+    rewards = [raw.rewards[piece].astype(np.float64) for piece in pieces]
+    lasts = np.array([piece.stop - 1 for piece in pieces])
+    terminated = raw.terminals[lasts].astype(bool)
+    if task == "AntMaze":  # cut at the goal, where an episode ends, though the data may go on after it
+        terminated |= raw.rewards[lasts] >= 1.0
+    data = Dataset(
+        observations=np.concatenate([raw.observations[piece] for piece in pieces]).astype(np.float32),
+        actions=actions.clip(-ACTION_LIMIT, ACTION_LIMIT).astype(np.float32),
+        rewards=np.concatenate(rewards).astype(np.float32),
+        returns=np.concatenate([each[::-1].cumsum()[::-1] for each in rewards]).astype(np.float32),
+        lengths=np.array([len(each) for each in rewards]),
+        terminated=terminated,
+    )
+    longer = int((data.lengths > env.spec.max_episode_steps).sum())
+    if longer:
+        print(
+            f"{longer:,} episodes are longer than the {env.spec.max_episode_steps:,} steps of {args.env_id}: are their "
+            "time limits marked in timeouts? Episodes that run into each other have returns that are too high."
+        )
+    totals = np.array([each.sum() for each in rewards])
+    line = f"{args.dataset}: {len(totals):,} episodes, {len(data.rewards):,} steps, "
+    line += f"return {totals.mean():,.1f} ± {totals.std():,.1f}, best {totals.max():,.1f}"
+    scores = np.array([normalized_score(args.env_id, total) for total in totals])
+    line += "" if np.isnan(scores).any() else f", score {scores.mean():.2f} ± {scores.std():.2f}"
+    print(line, flush=True)
+    return data
+
+
+def save_data(path: Path, data: Dataset) -> None:
+    """The arrays of `data` under their names."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **data._asdict())
+    write_file(path, buffer.getbuffer())
+
+
+def fingerprint(data: Dataset) -> int:
+    """Tells two datasets apart when a run is resumed."""
+    value = 0
+    for array in data:
+        value = zlib.crc32(array.tobytes(), value)
+    return value
+
+
+def cut_trajectories(raw: RawData, task: str, drop_last: bool = False) -> list[slice]:
+    """Where the finished trajectories lie: cut after terminals and timeouts, an unfinished last one dropped.
+
+    AntMaze: where the data goes on after the goal, a trajectory ends at its first success; 1-step ones are removed.
+    `drop_last` also drops the last finished one.
+    """
+    ends = np.flatnonzero(raw.terminals.astype(bool) | raw.timeouts.astype(bool)) + 1
+    pieces = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends)]
+    if task == "AntMaze":
+        first = [np.flatnonzero(raw.rewards[piece] >= 1.0)[:1] for piece in pieces]
+        pieces = [slice(p.start, p.start + f[0] + 1) if len(f) else p for p, f in zip(pieces, first)]
+        pieces = [piece for piece in pieces if piece.stop - piece.start > 1]
+    return pieces[:-1] if drop_last else pieces
+
+
+def check_data(raw: RawData, name: str, env: gym.Env) -> None:
+    """Exits with a line on values that are not finite, and on shapes that fit neither each other nor `env`. Of D4RL's
+    ant it keeps the columns that Ant-v4 has."""
+    arrays = vars(raw)
+    shapes = {key: array.shape for key, array in arrays.items()}
+    if [len(shape) for shape in shapes.values()] != [2, 2, 1, 1, 1]:
+        die(f"{name} has arrays of shapes {shapes}: (N, S), (N, A) and three times (N,) are needed.")
+    lengths = {key: len(array) for key, array in arrays.items()}
+    if len({*lengths.values()}) > 1:
+        die(f"{name} has arrays of different lengths {lengths}: make the dataset again.")
+    if any(array.dtype.kind not in "biuf" for array in arrays.values()):
+        types = {key: str(array.dtype) for key, array in arrays.items()}
+        die(f"{name} has arrays of types {types}: real numbers are needed.")
+    task, found = task_of(env.spec.id), (raw.observations.shape[1], raw.actions.shape[1])
+    wanted = (env.observation_space.shape[0], env.action_space.shape[0])
+    if task == "Ant" and (found[0], wanted[0]) == (111, 27):
+        print("D4RL's 111-column ant: kept the first 27, the other 84 (contact forces) are zero in its data")
+        raw.observations, found = raw.observations[:, :27], (27, found[1])
+    if task == "AntMaze" and found[0] == 29:
+        die(
+            f"{name} is D4RL's 29-column antmaze: it lacks the goal, and its ant (torque, time step) and frame are not "
+            "gymnasium-robotics'. Use Minari's D4RL/antmaze/umaze-v1 or umaze-diverse-v1."
+        )
+    if found != wanted:
+        hint = "v4 has 27 observations, v5 has 105" if task == "Ant" else "check --env-id"
+        die(
+            f"{name} has observations of {found[0]} and actions of {found[1]} dimensions, "
+            f"{env.spec.id} has {wanted[0]} and {wanted[1]}: {hint}."
+        )
+    for key, array in arrays.items():
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(array.astype(np.float32)).all(axis=tuple(range(1, array.ndim)))  # (N,)
+        if not finite.all():
+            row = finite.argmin()
+            die(f"{name} has a value in {key} that is not finite in float32, first in row {row:,}: make it again.")
+
+
+def collect_random(args: Args, env: gym.Env) -> RawData:
+    """Uniformly random actions in a twin of `env`, so that evaluations find that as it was made. Departure (5)."""
+    rng = np.random.default_rng([args.seed, 0])
+    twin, space = make_env(env.spec.id, env.unwrapped.spec.kwargs), env.action_space
+    observation, _ = twin.reset(seed=int(rng.integers(2**31)))
+    rows, shown = [], time.time()
+    while len(rows) < args.dataset_steps:
+        action = rng.uniform(space.low, space.high).astype(space.dtype)
+        following, reward, terminated, truncated, _ = twin.step(action)
+        rows.append((observation, action, reward, terminated, truncated))
+        observation = twin.reset()[0] if terminated or truncated else following
+        if time.time() - shown > 5.0:
+            shown = time.time()
+            print(f"random data: {len(rows):,} of {args.dataset_steps:,} steps", flush=True)
+    twin.close()
+    return RawData(*(np.array(column) for column in zip(*rows)))
 
 
 def read_hdf5(path: Path) -> RawData:
@@ -492,6 +871,27 @@ def read_hdf5(path: Path) -> RawData:
             return RawData(*(np.asarray(file[name]) for name in names))
     except OSError as error:
         die(f"cannot read {path}: {error}. The file is damaged or no HDF5: copy it again.")
+
+
+def read_minari(dataset_id: str) -> RawData:
+    """A Minari dataset as flat arrays. An episode is a trajectory, whether or not its last step bears a flag; it holds
+    one more observation than steps, which is left out."""
+    episodes = list(open_minari(dataset_id).iterate_episodes())
+    observations = [episode.observations for episode in episodes]
+    if isinstance(observations[0], dict):
+        observations = [np.concatenate([each[key] for key in GOAL_KEYS], axis=-1) for each in observations]
+    if any(len(obs) != len(episode) + 1 for obs, episode in zip(observations, episodes)):
+        die(f"{dataset_id} has episodes without their last observation (T instead of T + 1): collect it again.")
+    raw = RawData(
+        observations=np.concatenate([obs[:-1] for obs in observations]),
+        actions=np.concatenate([episode.actions for episode in episodes]),
+        rewards=np.concatenate([episode.rewards for episode in episodes]),
+        terminals=np.concatenate([episode.terminations for episode in episodes]),
+        timeouts=np.concatenate([episode.truncations for episode in episodes]),
+    )
+    lasts = np.cumsum([len(episode) for episode in episodes]) - 1
+    raw.timeouts[lasts] |= ~raw.terminals[lasts]
+    return raw
 
 
 def open_minari(dataset_id: str):
@@ -524,378 +924,12 @@ def maze_kwargs(args: Args) -> dict:
     return {"maze_map": UMAZE} if "_UMaze-" in args.env_id else {}
 
 
-def read_minari(dataset_id: str) -> RawData:
-    """A Minari dataset as flat arrays. An episode is a trajectory, whether or not its last step bears a flag; it holds
-    one more observation than steps, which is left out."""
-    episodes = list(open_minari(dataset_id).iterate_episodes())
-    observations = [flatten_observation(episode.observations) for episode in episodes]
-    if any(len(obs) != len(episode) + 1 for obs, episode in zip(observations, episodes)):
-        die(f"{dataset_id} has episodes without their last observation (T instead of T + 1): collect it again.")
-    lasts = np.cumsum([len(episode) for episode in episodes]) - 1
-    raw = RawData(
-        observations=np.concatenate([obs[:-1] for obs in observations]),
-        actions=np.concatenate([episode.actions for episode in episodes]),
-        rewards=np.concatenate([episode.rewards for episode in episodes]),
-        terminals=np.concatenate([episode.terminations for episode in episodes]),
-        timeouts=np.concatenate([episode.truncations for episode in episodes]),
-    )
-    raw.timeouts[lasts] |= ~raw.terminals[lasts]
-    return raw
-
-
-def collect_random(env: gym.Env, steps: int, seed: int) -> RawData:
-    """`steps` steps of uniformly random actions. D4RL's "random" sets come from an untrained policy instead."""
-    rng, rows, start, last = np.random.default_rng(stream(seed, 0, "random actions")), [], time.time(), time.time()
-    observation, _ = env.reset(seed=stream(seed, 0, "random episodes"))
-    while len(rows) < steps:
-        action = rng.uniform(env.action_space.low, env.action_space.high)
-        following, reward, terminated, truncated, _ = env.step(action)
-        rows.append((observation, action, reward, terminated, truncated))
-        observation = env.reset()[0] if terminated or truncated else following
-        if time.time() - last > 5.0 or len(rows) == steps:
-            last = time.time()
-            rate = len(rows) / (last - start)
-            print(f"random data {len(rows):,}/{steps:,} steps, {rate:,.0f} steps/s", flush=True)
-    return RawData(*(np.array(column) for column in zip(*rows)))
-
-
-@dataclass
-class Trajectories:
-    """Whole trajectories, one after the other in flat arrays of N steps."""
-
-    observations: np.ndarray  # (N, S) float32
-    actions: np.ndarray  # (N, A) float32 in [-ACTION_LIMIT, ACTION_LIMIT]
-    rewards: np.ndarray  # (N,) float64
-    lengths: np.ndarray  # (M,)
-
-    def ends(self) -> np.ndarray:
-        """Index after the last step of each trajectory: (M,)."""
-        return np.cumsum(self.lengths)
-
-    def returns_to_go(self) -> np.ndarray:
-        """g_h, the sum of the rewards from step h to the end of its trajectory, raw and undiscounted: (N,)."""
-        pieces = np.split(self.rewards, self.ends()[:-1])
-        return np.concatenate([piece[::-1].cumsum()[::-1] for piece in pieces])
-
-    def episode_returns(self) -> np.ndarray:
-        """(M,)"""
-        return self.returns_to_go()[self.ends() - self.lengths]
-
-    def describe(self, args: Args) -> str:
-        """The statistics line, comparable to the paper's Tables 2-4."""
-        returns = self.episode_returns()
-        line = f"{args.dataset}: {len(returns):,} episodes, {len(self.rewards):,} steps, "
-        line += f"return {returns.mean():,.1f} ± {returns.std():,.1f}, best {returns.max():,.1f}"
-        scores = np.array([normalized_score(args.env_id, value) for value in returns])
-        return line + ("" if np.isnan(scores).any() else f", score {scores.mean():.2f} ± {scores.std():.2f}")
-
-    def fingerprint(self) -> int:
-        """Tells two datasets apart when a run is resumed."""
-        value = 0
-        for array in (self.rewards, self.observations, self.actions, self.lengths):
-            value = zlib.crc32(array.tobytes(), value)
-        return value
-
-
-def cut_trajectories(raw: RawData, task: str, drop_last: bool = False) -> list[slice]:
-    """Where the finished trajectories lie: cut after terminals and timeouts, an unfinished last one dropped.
-
-    AntMaze: where the data goes on after the goal, a trajectory ends at its first success; 1-step ones are removed.
-    `drop_last` also drops the last finished one.
-    """
-    ends = np.flatnonzero(raw.terminals.astype(bool) | raw.timeouts.astype(bool)) + 1
-    pieces = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends)]
-    if task == "AntMaze":
-        first = [np.flatnonzero(raw.rewards[piece] >= 1.0)[:1] for piece in pieces]
-        pieces = [slice(p.start, p.start + f[0] + 1) if len(f) else p for p, f in zip(pieces, first)]
-        pieces = [piece for piece in pieces if piece.stop - piece.start > 1]
-    return pieces[:-1] if drop_last else pieces
-
-
-def check_data(raw: RawData, name: str, env: gym.Env) -> RawData:
-    """Exits with a line on NaNs, on arrays of different lengths and on dimensions unlike the environment's."""
-    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    arrays = {field.name: getattr(raw, field.name) for field in dataclasses.fields(raw)}
-    shapes = {key: array.shape for key, array in arrays.items()}
-    if [len(shape) for shape in shapes.values()] != [2, 2, 1, 1, 1]:
-        die(f"{name} has arrays of shapes {shapes}: (N, S), (N, A) and three times (N,) are needed.")
-    lengths = {key: len(array) for key, array in arrays.items()}
-    if len(set(lengths.values())) > 1:
-        die(f"{name} has arrays of different lengths {lengths}: make the dataset again.")
-    types = {key: str(array.dtype) for key, array in arrays.items()}
-    if any(array.dtype.kind not in "biuf" for array in arrays.values()):
-        die(f"{name} has arrays of types {types}: real numbers are needed.")
-    if task_of(env.spec.id) == "Ant" and raw.observations.shape[1] == 111 and obs_dim == 27:
-        print("D4RL's 111-column ant: kept the first 27, the other 84 (contact forces) are zero in its data")
-        raw.observations = raw.observations[:, :27]
-    if task_of(env.spec.id) == "AntMaze" and raw.observations.shape[1] == 29:
-        die(
-            f"{name} is D4RL's 29-column antmaze: it lacks the goal, and its ant (torque, time step) and frame are not "
-            "gymnasium-robotics'. Use Minari's D4RL/antmaze/umaze-v1 or umaze-diverse-v1."
-        )
-    if raw.observations.shape[1] != obs_dim or raw.actions.shape[1] != act_dim:
-        hint = "v4 has 27 observations, v5 has 105" if task_of(env.spec.id) == "Ant" else "check --env-id"
-        die(
-            f"{name} has observations of {raw.observations.shape[1]} and actions of {raw.actions.shape[1]} dimensions, "
-            f"{env.spec.id} has {obs_dim} and {act_dim}: {hint}."
-        )
-    for key, array in arrays.items():
-        bad = np.flatnonzero(~np.isfinite(array).all(axis=tuple(range(1, array.ndim))))
-        if len(bad):
-            die(f"{name} has a value in {key} that is not finite, first in row {bad[0]:,}: clean or make it again.")
-    return raw
-
-
-def load_trajectories(args: Args, env: gym.Env) -> Trajectories:
-    """The dataset named by `args`, checked against `env` and cut into finished trajectories, actions in [-1, 1]."""
-    if args.dataset == "random":
-        raw = collect_random(env, args.dataset_steps, args.seed)
-    else:
-        raw = read_hdf5(Path(args.dataset)) if args.dataset.endswith(".hdf5") else read_minari(args.dataset)
-    raw = check_data(raw, args.dataset, env)
-    pieces = cut_trajectories(raw, task_of(args.env_id), args.drop_last_episode)
-    if not pieces:
-        die(f"{args.dataset} has no finished trajectory: none of its steps is a terminal or timeout. Get more steps.")
-    actions = np.concatenate([raw.actions[piece] for piece in pieces])
-    outside = np.mean(np.any((actions < env.action_space.low) | (actions > env.action_space.high), axis=1))
-    if outside:
-        print(f"{100 * outside:.2f} % of the actions lie outside the bounds of {args.env_id}: clipped to them")
-    return Trajectories(
-        observations=np.concatenate([raw.observations[piece] for piece in pieces]).astype(np.float32),
-        actions=unscale_action(actions, env).clip(-ACTION_LIMIT, ACTION_LIMIT).astype(np.float32),
-        rewards=np.concatenate([raw.rewards[piece] for piece in pieces]).astype(np.float64),
-        lengths=np.array([piece.stop - piece.start for piece in pieces]),
-    )
-
-
-class Windows(NamedTuple):
-    """A batch of training windows, left-padded."""
-
-    observations: torch.Tensor  # (B, K, S)
-    returns: torch.Tensor  # (B, K)
-    actions: torch.Tensor  # (B, K, A)
-    real: torch.Tensor  # (B, K) False where padded
-
-
-class WindowSampler:
-    """Draws windows of up to `context` steps, left-padded where the trajectory ends before."""
-
-    def __init__(self, data: Trajectories, context: int, device: torch.device):
-        self.context = context
-        self.ends = np.repeat(data.ends(), data.lengths)  # (N,) where the trajectory of a step ends
-        self.observations = torch.from_numpy(data.observations).to(device)
-        self.actions = torch.from_numpy(data.actions).to(device)
-        self.returns = torch.from_numpy(data.returns_to_go().astype(np.float32)).to(device)
-
-    def sample(self, rng: np.random.Generator, batch: int) -> Windows:
-        # [13] ODT draws trajectories in proportion to length, then a uniform first step: uniform over all steps.
-        first = rng.integers(len(self.ends), size=batch)  # (B,)
-        length = np.minimum(self.context, self.ends[first] - first)  # (B,)
-        offset = np.arange(self.context) - (self.context - length)[:, None]  # (B, K) negative: padding
-        index = torch.from_numpy(first[:, None] + offset.clip(min=0)).to(self.returns.device)
-        real = torch.from_numpy(offset >= 0).to(self.returns.device)
-        return Windows(
-            self.observations[index] * real[..., None], self.returns[index] * real, self.actions[index], real
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Rollouts
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class History:
-    """What B rollouts side by side have seen, step by step, after K - 1 steps of padding: a window is the last K."""
-
-    def __init__(self, batch: int, context: int, obs_dim: int, act_dim: int):
-        padding = context - 1
-        self.context = context
-        self.observations = [np.zeros((batch, obs_dim), np.float32)] * padding
-        self.returns = [np.zeros(batch, np.float32)] * padding  # returns-to-go, raw
-        self.actions = [np.zeros((batch, act_dim), np.float32)] * padding  # in [-1, 1]
-        self.real = [np.zeros(batch, bool)] * padding  # False: padding, or over
-
-    def act(self, policy, rows: np.ndarray, observations: np.ndarray, returns: np.ndarray) -> SquashedGaussian:
-        """One step more, of which `rows` (b,) see their part of observations (B, S) and returns (B,): the distributions
-        (b, A) of their actions. The actions taken are to be written into `actions[-1]`."""
-        self.observations.append(observations.astype(np.float32))
-        self.returns.append(returns.astype(np.float32))
-        self.actions.append(np.zeros((len(returns), policy.act_dim), np.float32))
-        self.real.append(np.isin(np.arange(len(returns)), rows))
-        # [16] few batch sizes, for oneDNN builds a kernel for each: multiples of 32, by repeated rows
-        padded = np.resize(rows, min(len(rows) + -len(rows) % 32, len(returns)))
-        steps = (self.observations, self.returns, self.actions, self.real)
-        seen = [np.stack(each[-self.context :], axis=1)[padded] for each in steps]  # (b, K, ...) each
-        seen[2] = seen[2][:, :-1]  # the last action is yet to be chosen
-        dist, used = policy.act(*(torch.from_numpy(each).to(policy.obs_mean.device) for each in seen))
-        self.returns[-1][rows] = used[: len(rows)].cpu().numpy()  # reinformer: the predicted one stays in the window
-        return SquashedGaussian(dist.mean[: len(rows)], dist.log_std[: len(rows)])
-
-
-def rollout_copy(model: DecisionTransformer) -> DecisionTransformer:
-    """A copy to act with: no dropout, no gradients, and the block weights already in the precision of the products."""
-    policy = copy.deepcopy(model).eval().requires_grad_(False)
-    for layer in policy.modules():
-        if isinstance(layer, Linear):
-            layer.to(layer.compute_dtype)
-    return policy
-
-
-@torch.no_grad()
-def evaluate(
-    model: DecisionTransformer, envs: list[gym.Env], g_start: float, context: int, seeds: list[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One episode in each of `envs`, side by side, with the deterministic action, from return-to-go g_start (raw):
-    returns, lengths and last x-positions [meters; NaN where the environment reports none], (B,) each."""
-    policy, count = rollout_copy(model), len(envs)
-    observations = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])  # (B, S)
-    history, alive = History(count, context, observations.shape[1], policy.act_dim), np.arange(count)
-    returns, lengths, distances = np.zeros(count), np.zeros(count, int), np.full(count, np.nan)
-    while len(alive):
-        dist = history.act(policy, alive, observations, g_start - returns)  # [10] g_{h+1} = g_h - r_h, not clamped
-        history.actions[-1][alive] = dist.mode().cpu().numpy()
-        going = []
-        for i in alive:
-            action = scale_action(history.actions[-1][i], envs[i])
-            observations[i], reward, terminated, truncated, info = envs[i].step(action)
-            returns[i], lengths[i] = returns[i] + reward, lengths[i] + 1
-            distances[i] = info.get("x_position", np.nan)
-            going.append(not (terminated or truncated))
-        alive = alive[going]
-    return returns, lengths, distances
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Loss and update
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al. 2019) as ODT uses it: Adam's direction with both bias corrections, weight decay on every tensor,
-    rescaled to the norm of the tensor it moves. So a step moves each tensor by lr of its norm, unless that is 0."""
-
-    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-4):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0))
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """One step for every parameter that has a gradient, which is used up: its memory holds the direction then."""
-        for group in self.param_groups:
-            group["step"] += 1
-            beta1, beta2 = group["betas"]
-            correction1, root2 = 1.0 - beta1 ** group["step"], (1.0 - beta2 ** group["step"]) ** 0.5
-            for p in (p for p in group["params"] if p.grad is not None):  # [11]
-                if not self.state[p]:
-                    self.state[p] = dict(m=torch.zeros_like(p), v=torch.zeros_like(p))
-                m, v, direction = self.state[p]["m"], self.state[p]["v"], p.grad
-                m.lerp_(p.grad, 1.0 - beta1)
-                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1.0 - beta2)
-                # Adam's: m / correction1 over sqrt(v / correction2) + eps
-                torch.sqrt(v, out=direction).add_(root2 * group["eps"])
-                torch.div(m, direction, out=direction).mul_(root2 / correction1).add_(p, alpha=group["weight_decay"])
-                p_norm, norm = p.norm(), direction.norm()
-                trust = torch.where((p_norm > 0) & (norm > 0), p_norm / norm, 1.0)  # a zero tensor: a plain step
-                p.addcmul_(direction, -group["lr"] * trust)
-
-
-def masked_mean(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Mean over the real tokens: values and real of one shape."""
-    return (values * real).sum() / real.sum()
-
-
-def expectile_loss(error: torch.Tensor, tau: float) -> torch.Tensor:
-    """|tau - 1(error < 0)| error^2, elementwise: near tau = 1 its minimiser is the largest return to be had."""
-    return torch.where(error < 0, 1.0 - tau, tau) * error**2
-
-
-def pretrain_loss(
-    model: DecisionTransformer, windows: Windows, kappa: torch.Tensor, args: Args
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """-E[log pi(a | window)] - kappa H, for Reinformer plus its return loss; and the values to log."""
-    real = windows.real
-    dist, predicted = model(windows.observations, windows.returns, windows.actions[:, :-1], real)
-    nll = -masked_mean(dist.log_prob(torch.atanh(windows.actions)), real)
-    entropy = masked_mean(dist.entropy(torch.randn_like(dist.mean)), real)
-    mse = masked_mean(((torch.tanh(dist.mean) - windows.actions) ** 2).mean(-1), real)
-    return_loss = torch.zeros_like(nll)
-    if predicted is not None:
-        unit = masked_mean(windows.returns.abs(), real).clamp(min=1e-6)  # [14] returns in units of their mean size
-        return_loss = masked_mean(expectile_loss((windows.returns - predicted) / unit, args.expectile), real)
-    loss = nll - kappa * entropy + args.return_loss_weight * return_loss
-    return loss, {"nll": nll, "entropy": entropy, "action_mse": mse, "return": return_loss}
-
-
-class Learner:
-    """Network, optimisers and the entropy dual: all that an update changes."""
-
-    def __init__(self, model: DecisionTransformer, args: Args):
-        self.model, self.args, self.step = model.train(), args, 0
-        device = model.obs_mean.device
-        self.optimizer = Lamb(model.parameters(), args.lr, weight_decay=args.weight_decay)
-        self.log_kappa = torch.tensor(math.log(args.kappa_initial), device=device, requires_grad=True)
-        self.dual = torch.optim.Adam([self.log_kappa], lr=args.kappa_lr)
-        self.sums = torch.zeros(len(LOSSES), device=device)  # of the values to log, since the last row
-
-    def update(self, sampler: WindowSampler) -> None:
-        """One gradient step. Its random numbers hang on (seed, step) alone, so a resumed run draws the same ones."""
-        args, self.step = self.args, self.step + 1
-        windows = sampler.sample(np.random.default_rng(stream(args.seed, self.step, "windows")), args.batch_size)
-        torch.manual_seed(stream(args.seed, self.step, "dropout and entropy"))
-        kappa = self.log_kappa.exp()
-        loss, values = pretrain_loss(self.model, windows, kappa.detach(), args)
-        self.optimizer.zero_grad()
-        loss.backward()
-        values["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
-        self.optimizer.param_groups[0]["lr"] = args.lr * min(self.step / args.warmup, 1.0)
-        self.optimizer.step()
-        # [12] The dual of H >= rho, rho = -dim A: min over kappa >= 0 of kappa (H - rho)
-        self.dual.zero_grad()
-        (kappa * (values["entropy"].detach() + self.model.act_dim)).backward()
-        self.dual.step()
-        values["kappa"] = kappa
-        self.sums += torch.stack([values[name].detach() for name in LOSSES])
-
-    def mean_losses(self) -> dict[str, float]:
-        """Means since the last row, the only wait for the device. Exits with a line if one is not finite."""
-        count = (self.step - 1) % self.args.log_every + 1
-        losses = {f"losses/{name}": value for name, value in zip(LOSSES, (self.sums / count).tolist(), strict=True)}
-        if not all(map(math.isfinite, losses.values())):
-            die(f"the loss is not finite at update {self.step:,} ({losses}): lower --lr; the last checkpoint is kept.")
-        return losses
-
-    def state(self) -> dict:
-        """What, beside the weights, a resumed run needs."""
-        parts = {"optimizer": self.optimizer.state_dict(), "dual": self.dual.state_dict(), "sums": self.sums}
-        return parts | {"log_kappa": self.log_kappa.detach()}
-
-    def load_state(self, saved: dict) -> None:
-        """Go on from a checkpoint; the weights are in the model already."""
-        state, self.step = saved["learner"], saved["iteration"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.dual.load_state_dict(state["dual"])
-        self.log_kappa.data.copy_(state["log_kappa"])
-        self.sums.copy_(state["sums"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. The run
-# ---------------------------------------------------------------------------------------------------------------------
-
-EVALUATION = ("eval/return_mean", "eval/return_std", "eval/length_mean", "eval/distance_mean", "eval/normalized_score")
-LOSSES = ("nll", "entropy", "kappa", "action_mse", "return", "grad_norm")
-METRICS = ["iteration", "charts/learning_rate", *(f"losses/{name}" for name in LOSSES)]
-METRICS += [*EVALUATION, "time/iteration", "time/eval"]
+# ---- 9. Run folder --------------------------------------------------------------------------------------------------
 
 
 def die(message: str) -> NoReturn:
     """End with one line on stderr and exit code 1."""
     raise SystemExit("error: " + re.sub(r"\s*\n\s*", " ", message))
-
-
-def stream(seed: int, iteration: int, purpose: str) -> int:
-    """The seed of one random stream: the same for the same (seed, iteration, purpose), so nothing needs saving."""
-    sequence = np.random.SeedSequence([seed, iteration, zlib.crc32(purpose.encode())])
-    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))  # 63 bits: what torch takes
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -904,9 +938,8 @@ def write_file(path: Path, content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
-    except OSError as error:
+    finally:
         temporary.unlink(missing_ok=True)
-        die(f"cannot write {path}: {error.strerror}; what stood there before is kept. Make room, then go on.")
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -916,282 +949,295 @@ def save_checkpoint(path: Path, content: dict) -> None:
     write_file(path, buffer.getvalue())
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: str | Path) -> dict:
     """A checkpoint of any script here, on the CPU. Exits with a line if it is missing, damaged or foreign."""
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         die(f"checkpoint {path} not found: give the folder of a run, or the checkpoint.pt in it.")
     try:
+        archive = zipfile.ZipFile(path)
+        compressed = any(entry.compress_type for entry in archive.infolist())  # torch never does: it might be endless
+        if compressed or archive.testzip():  # checksums, which torch does not look at
+            raise ValueError
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not {"script", "iteration", "sizes", "weights", "args", "env_id", "env_kwargs", "g_eval"} <= content.keys():
-            raise KeyError
-    except Exception:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError and more
+            raise ValueError
+        if not (isinstance(content["sizes"], dict) and isinstance(content["env_kwargs"], dict)):
+            raise ValueError
+    except Exception:  # zipfile and torch raise BadZipFile, RuntimeError, UnpicklingError, KeyError and more
         die(f"{path} is damaged, or no checkpoint of these scripts: take another.")
     return content
 
 
-def load_model(content: dict, dropout: float = 0.0) -> DecisionTransformer:
-    """The network of a checkpoint, with the statistics of its observations and the scale of its returns."""
-    try:
-        model = DecisionTransformer(**content["sizes"], dropout=dropout)
-        model.load_state_dict(content["weights"])
-    except (TypeError, RuntimeError):
-        die(f"the checkpoint's weights do not fit its sizes {content['sizes']}: take another.")
-    return model
-
-
-def set_up_torch(args) -> tuple[torch.device, torch.dtype]:
-    """Threads, the device of --device, and bf16 for matrix products if --bf16 and the device has units for it."""
+def set_up_torch(args: Args) -> torch.device:
+    """The device; sets how many threads torch takes."""
     args.threads = args.threads or torch.get_num_threads()
     torch.set_num_threads(args.threads)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        die("--device cuda, but torch sees no GPU: use --device cpu, or install a CUDA build of torch.")
-    if args.device != "cpu" and torch.cuda.is_available():
-        device, units = torch.device("cuda"), torch.cuda.get_device_capability()[0] >= 8
-    else:
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        device, units = torch.device("cpu"), any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
-    return device, torch.bfloat16 if args.bf16 and units else torch.float32
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
-def parse_args(arguments: list[str] | None = None) -> Args:
-    """The command line. With --resume or --eval-only, the checkpoint's arguments are the defaults."""
-    args = tyro.cli(Args, args=arguments)
-    if args.resume and args.eval_only:
-        die("--resume goes on with a run, --eval-only only evaluates: give one of them.")
-    path = args.resume or args.eval_only
-    if path is None:
-        return args
-    content, known = load_checkpoint(Path(path)), {field.name for field in dataclasses.fields(Args)}
-    if args.resume and content["script"] != Path(__file__).stem:
-        die(f"{path} is a run of {content['script']}.py: resume it with that script.")
-    saved = Args(**{name: value for name, value in content["args"].items() if name in known})
-    if args.eval_only:
-        saved = dataclasses.replace(saved, g_eval=content["g_eval"], device="auto", capture_video=False)
-    args = tyro.cli(Args, args=arguments, default=saved)
-    fixed = {"env_id"} if args.eval_only else known - {"updates", "iterations", "device", "track", "resume"}
-    for name in sorted(fixed):
-        old, new, flag = getattr(saved, name), getattr(args, name), "--" + name.replace("_", "-")
-        if old != new:
-            die(f"{path} was made with {flag} {old}, not {new}: leave {flag} out, or start a run of its own.")
-    return args
+def load_model(content: dict, device: torch.device, bf16: bool, dropout: float = 0.0) -> DecisionTransformer:
+    """The network of a checkpoint. bf16: its matrix products in that precision, where the device has units for it."""
+    sizes, weights = content["sizes"], content["weights"]
+    kind = sizes.get("kind", "dt")
+    if kind != DecisionTransformer.kind:
+        program = Path(__file__).name if kind == "dt" else f"benchmark/{kind}.py"
+        die(f"the checkpoint holds a {kind}: {program} takes it.")
+    try:
+        found = {"obs_dim": len(weights["obs_mean"]), "act_dim": len(weights["mean_head.bias"])}
+        found |= {"embed_dim": len(weights["norm_in.bias"])}
+        found |= {"n_layers": sum(name.endswith(".norm1.bias") for name in weights)}
+        if not found.items() <= sizes.items() or sizes["n_heads"] < 1 or sizes["embed_dim"] % sizes["n_heads"]:
+            raise ValueError  # before memory is taken by the sizes' word
+        model = DecisionTransformer(**sizes, dropout=dropout)
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        die(f"the checkpoint's weights do not fit its sizes {sizes}: take another.")
+    model.bf16 = bf16 and has_bf16(device)
+    return model.to(device)
 
 
-class RunLog:
-    """metrics.csv and TensorBoard under the same names, args.json beside them, wandb behind --track."""
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device has units for bf16 matrix products."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability()[0] >= 8
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
-    def __init__(self, run_dir: Path, columns: list[str], args, saved: dict | None = None):
-        """saved: the checkpoint that a resumed run goes on from; what was written after it is cut off."""
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.csv"
-        lines = path.read_text().splitlines(keepends=True)[: 1 + saved["rows"]] if saved else [",".join(columns) + "\n"]
-        if lines[0].strip() != ",".join(columns):
-            die(f"{path} has other columns than this version writes: start a new run from its checkpoint.")
-        write_file(path, "".join(lines).encode())
+
+def pretraining_facts(args: Args, data: Dataset, env_kwargs: dict) -> dict:
+    """What every checkpoint of a run says beside weights and state: plain types, for whoever resumes, finetunes or
+    evaluates."""
+    sizes = dict(obs_dim=data.observations.shape[1], act_dim=data.actions.shape[1], embed_dim=args.embed_dim)
+    sizes |= dict(n_layers=args.n_layers, n_heads=args.n_heads, kind=DecisionTransformer.kind)
+    facts = dict(script=Path(__file__).stem, sizes=sizes, env_id=args.env_id, env_kwargs=env_kwargs)
+    facts |= dict(dataset=args.dataset, dataset_kind=args.dataset_kind, dataset_best_return=data.best_return())
+    facts |= dict(fingerprint=fingerprint(data), args=vars(args) | {"resume": None})
+    return facts | dict(g_eval=args.g_online, c_online=args.c_online)
+
+
+def start_or_resume(args: Args, data: Dataset, facts: dict) -> dict:
+    """The checkpoint to go on from, or that of an untrained network, with the data's mean and std and the scale of the
+    returns in its buffers."""
+    if args.resume:
+        base = load_checkpoint(args.resume)
+        if base["fingerprint"] != facts["fingerprint"]:
+            die(f"{args.resume} began with other data than {args.dataset} holds: put those back, or start a new run.")
+        if base["iteration"] > args.updates:
+            die(f"{args.resume} is at update {base['iteration']}: give --updates {base['iteration']} or more.")
+        return base
+    if args.embed_dim % args.n_heads:
+        die(f"--embed-dim {args.embed_dim} is not a multiple of --n-heads {args.n_heads}: change one of them.")
+    torch.manual_seed(args.seed)
+    model = DecisionTransformer(**facts["sizes"])
+    std = data.observations.std(0, dtype=np.float64)
+    model.obs_mean.copy_(torch.from_numpy(data.observations.mean(0, dtype=np.float64)))
+    model.obs_std.copy_(torch.from_numpy(np.where(std < 1e-3, 1.0, std + 1e-6)))  # departure (2)
+    model.return_scale.fill_(1.0 if task_of(args.env_id) == "AntMaze" else 1e-3)  # ODT's
+    return facts | {"weights": model.state_dict()}
+
+
+class Log:
+    """metrics.csv and TensorBoard under the same names, args.json beside them, wandb behind --track, and a line an
+    iteration on the console. A context manager; the run's folder belongs to it alone."""
+
+    def __init__(self, run_dir: Path, args: Args, total: int, rows: list[dict]):
+        """total: iterations in all. rows: those of a run that goes on; all is written anew, so what came after its
+        checkpoint is gone."""
+        self.lock = claim(run_dir, args)
+        self.path, self.total, self.rows, self.shown = run_dir / "metrics.csv", total, rows, []
+        self.begun, self.first = time.time(), rows[-1]["iteration"] if rows else 0
         packages = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "minari")
-        versions = {name: importlib.metadata.version(name) for name in packages}
+        installed = {each.name: each.version for each in importlib.metadata.distributions()}
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-        content = json.dumps({"args": vars(args), "versions": versions, "commit": commit}, indent=2)
-        write_file(run_dir / "args.json", content.encode())
+        facts = dict(script=Path(__file__).name, command=sys.argv, args=vars(args), commit=commit)
+        facts["versions"] = {name: installed[name] for name in packages if name in installed}
+        write_file(run_dir / "args.json", json.dumps(facts, indent=2).encode())
         if args.track:
             import wandb
 
             wandb.init(project="online-dt-rl", name=run_dir.name, config=vars(args), sync_tensorboard=True)
         from torch.utils.tensorboard import SummaryWriter
 
-        self.rows, self.file = len(lines) - 1, open(path, "a", newline="")
-        self.table = csv.DictWriter(self.file, columns, lineterminator="\n")
+        threading.excepthook = lambda failure: None  # of TensorBoard's thread: the next write raises its error again
         self.writer = SummaryWriter(str(run_dir), purge_step=0)
-        for row in csv.DictReader(lines):  # what is kept, anew: events of a killed process may be lost
-            for name in (name for name in columns[1:] if row[name]):
-                self.writer.add_scalar(name, float(row[name]), int(row["iteration"]))
+        for row in rows:
+            self.show(row)
+        self.write()
 
-    def write(self, iteration: int, values: dict[str, float]) -> None:
-        """A row; names that are not in `values`, and values that are NaN, stay empty."""
-        values = {name: value for name, value in values.items() if not math.isnan(value)}
-        self.table.writerow({"iteration": iteration} | values)
-        self.file.flush()
-        self.rows += 1
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, iteration)
+    def __enter__(self) -> Log:
+        return self
 
-    def close(self) -> None:
-        self.file.close()
+    def __exit__(self, *_) -> None:
         self.writer.flush()  # raises what TensorBoard's thread met; close() would not
         self.writer.close()
+        self.lock.close()
+
+    def add(self, row: dict[str, float]) -> None:
+        """A row, without values that are NaN."""
+        row = {name: value for name, value in row.items() if not math.isnan(value)}
+        self.rows.append(row)
+        self.show(row)
+        self.write()
+        done = row["iteration"] - self.first
+        left = (self.total - row["iteration"]) * (time.time() - self.begun) / done if done else None
+        self.begun = self.begun if done else time.time()  # the evaluation before the first iteration is none
+        names = [name for name in CONSOLE if any(name in each for each in self.rows)]
+        if len(self.rows) % 20 == 1 or names != self.shown:
+            print("  iteration" + "".join(CONSOLE[name][0].rjust(8) for name in names), flush=True)
+        self.shown = names
+        print(console_line(row, names, self.total, left), flush=True)
+
+    def write(self) -> None:
+        """metrics.csv, whole; its columns are the names of all rows so far."""
+        file = io.StringIO()
+        table = csv.DictWriter(file, dict.fromkeys(name for each in self.rows for name in each), lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.rows)
+        write_file(self.path, file.getvalue().encode())
+
+    def show(self, row: dict[str, float]) -> None:
+        """In TensorBoard."""
+        for name in row.keys() - {"iteration"}:
+            self.writer.add_scalar(name, row[name], row["iteration"])
 
 
-def choose_run_dir(args) -> Path:
+CONSOLE = {
+    "eval/return_mean": ("eval", ",.0f"),
+    "eval/normalized_score": ("score", ".1f"),
+    "rollout/return": ("return", ",.0f"),
+    "rollout/kept": ("kept", ".2f"),
+    "losses/nll": ("nll", ".4g"),
+    "losses/action_mse": ("mse", ".4f"),
+    "losses/q_mean": ("Q", ".3g"),
+    "losses/explained_variance": ("V", ".2f"),
+    "losses/ratio_first": ("ratio", ".2f"),
+    "losses/ratio_max": ("max", ".3g"),
+    "losses/clip_fraction": ("clip", ".2f"),
+    "losses/entropy": ("H", ".2f"),
+}
+
+
+def console_line(row: dict[str, float], names: list[str], total: int, left: float | None) -> str:
+    """A row's values under the headings of `names`, of CONSOLE; left: seconds to the end."""
+    line = f"{row['iteration']}/{total}".rjust(11)
+    for name in names:
+        line += (format(row[name], CONSOLE[name][1]) if name in row else "").rjust(8)
+    if left is not None:
+        minutes = round(left / 60)
+        line += f"{minutes // 60}:{minutes % 60:02} left".rjust(12)
+    return line
+
+
+def choose_run_dir(args: Args) -> Path:
     """The folder of this run, yet to be made. Exits with a line rather than mix two runs in one folder."""
-    name = f"{args.env_id}__{Path(__file__).stem}__{args.dataset_kind}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '_')}")
-    run_dir = run_dir.parent if run_dir.is_file() else run_dir  # --resume RUN_DIR/checkpoint.pt
-    if not args.resume and (run_dir / "checkpoint.pt").exists():
-        die(f"{run_dir} holds a run already: go on with --resume {run_dir}, or choose another --run-dir.")
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.dataset_kind}__{args.seed}__{int(time.time())}-{os.getpid()}"
+    run_dir = Path(args.resume or args.run_dir or f"runs/{re.sub('[/:]', '_', name)}")
+    if args.resume:  # --resume RUN_DIR/checkpoint.pt will do
+        return run_dir.parent if run_dir.is_file() else run_dir
+    foreign = any((run_dir / name).exists() for name in ("metrics.csv", "args.json"))
+    foreign = foreign and not (run_dir / ".lock").exists()  # a run that broke off before its first checkpoint has one
+    if run_dir.is_file() or foreign or (run_dir / "checkpoint.pt").exists():
+        die(f"{run_dir} holds a run or other files: go on with --resume {run_dir}, or choose another --run-dir.")
     return run_dir
 
 
-def make_eval_envs(args, env_kwargs: dict, video_dir: Path) -> list[gym.Env]:
-    """One environment per evaluation episode; the first one films itself if --capture-video."""
-    modes = ["rgb_array" if args.capture_video else None, *[None] * (args.eval_episodes - 1)]
-    envs = [make_env(args.env_id, env_kwargs, mode) for mode in modes]
-    if args.capture_video:
+def hold(file, wait: bool) -> bool:
+    """Lock an open file for this process and for children that inherit it, until they end. False: another has it."""
+    with contextlib.suppress(ImportError):  # Windows has no fcntl
+        import fcntl
+
         try:
-            envs[0].reset()
-            envs[0].render()
-            envs[0] = gym.wrappers.RecordVideo(envs[0], str(video_dir), episode_trigger=lambda episode: True)
-        except Exception as error:  # moviepy missing, no GL library, no display: each raises its own
-            die(f"cannot film {args.env_id}: {error}. It needs moviepy and a GL library (MUJOCO_GL=egl).")
-    return envs
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            return False
+    return True
 
 
-def run_evaluation(args, model: DecisionTransformer, envs: list[gym.Env], iteration: int) -> dict[str, float]:
-    """Evaluate, print the outcome and return the eval/ columns of metrics.csv. The same (seed, iteration) plays the
-    same episodes, so a saved model scores what it scored in memory."""
-    begun, seeds = time.time(), [stream(args.seed, iteration, f"evaluation {i}") for i in range(len(envs))]
-    returns, lengths, distances = evaluate(model, envs, args.g_eval, args.c_online, seeds)
-    values = (returns.mean(), returns.std(), lengths.mean(), distances.mean())
-    row = dict(zip(EVALUATION, map(float, (*values, normalized_score(args.env_id, values[0])))))
-    shown = [f"{name.removeprefix('eval/')} {value:,.1f}" for name, value in row.items() if not math.isnan(value)]
-    print(f"evaluation: {', '.join(shown)} ({len(envs)} episodes, g = {args.g_eval:,.0f})", flush=True)
-    return row | {"time/eval": time.time() - begun}
+def claim(run_dir: Path, args: Args):
+    """Make the folder and hold it for this process, until that ends, however it ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = open(run_dir / ".lock", "w")
+    if not hold(lock, wait=False):
+        die(f"another process is at work in {run_dir}: wait for it, or choose another --run-dir.")
+    choose_run_dir(dataclasses.replace(args, run_dir=str(run_dir)))  # a run may have ended there since the first look
+    return lock
 
 
-def eval_only(args) -> None:
-    """Evaluate the checkpoint --eval-only; nothing is written but the film."""
+def eval_only(args: Args, players) -> None:
+    """Evaluate the checkpoint --eval-only in `players`, which is Environments or Simulators; nothing is written but the
+    film."""
     check_args(args)
-    content, (device, dtype) = load_checkpoint(Path(args.eval_only)), set_up_torch(args)
-    model, folder = load_model(content).use_precision(dtype).to(device), Path(args.eval_only)
-    envs = make_eval_envs(args, content["env_kwargs"], (folder if folder.is_dir() else folder.parent) / "videos")
-    run_evaluation(args, model, envs, content["iteration"])
-    for env in envs:
-        env.close()
+    content, folder = load_checkpoint(args.eval_only), Path(args.eval_only)
+    model, env = load_model(content, set_up_torch(args), args.bf16), make_env(args.env_id, content["env_kwargs"])
+    film_to = (folder.parent if folder.is_file() else folder) / "videos" if args.capture_video else None
+    with players(env, args.eval_episodes) as sims:
+        row = evaluate(model, sims, args, content["iteration"], film_to)
+    shown = [f"{name[5:]} {value:,.1f}" for name, value in row.items() if name[:5] == "eval/" and value == value]
+    print(f"evaluation: {', '.join(shown)} ({args.eval_episodes} episodes, g = {args.g_online:,.0f})", flush=True)
 
 
-MAY_BE_ZERO = (
-    "seed dropout weight_decay kappa_lr return_loss_weight beta delta_r l_eval gae_lambda value_warmup critic_warmup "
-    "target_noise"
-)
-MAY_BE_NEGATIVE = "g_eval g_online"
+MAY_BE_ZERO = ("seed", "l_eval", "delta_r", "beta", "weight_decay", "kappa_lr", "workers", "dropout", "gae_lambda")
+MAY_BE_ZERO += ("value_warmup", "critic_warmup", "target_noise")
+UP_TO_ONE = ("gamma", "gae_lambda", "tau", "dropout")
 
 
-def check_args(args) -> None:
+def check_args(args: Args) -> None:
     """Exits with a line on values that cannot work, before anything is written."""
     for name, value in vars(args).items():
         flag = "--" + name.replace("_", "-")
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and not math.isfinite(value):
-            die(f"{flag} is {value}: give a finite number.")
-        zero, negative = name in MAY_BE_ZERO.split(), name in MAY_BE_NEGATIVE.split()
-        if number and not (value > 0 or negative or (value == 0 and zero)):
-            die(f"{flag} is {value}: give one above 0.")
-        if name in ("dropout", "expectile") and value >= 1.0:
-            die(f"{flag} is {value}: give a number below 1.")
-        package = {"track": "wandb", "capture_video": "moviepy"}.get(name)
-        if package and value and importlib.util.find_spec(package) is None:
-            die(f"{flag} needs {package}: pip install {package}.")
+        if value == "":
+            die(f"{flag} is empty: give a value, or leave it out.")
+        if type(value) in (int, float):
+            fits = value > 0 or (value == 0 and name in MAY_BE_ZERO) or name == "g_online"
+            if not (fits and math.isfinite(value)) or (name in UP_TO_ONE and value > 1):
+                least = "" if name == "g_online" else ", 0 or more" if name in MAY_BE_ZERO else " above 0"
+                most = ", up to 1" if name in UP_TO_ONE else ""
+                die(f"{flag} is {value}: give a finite number{least}{most}.")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        die("--track needs wandb: pip install wandb.")
 
 
-def new_model(args: Args, data: Trajectories) -> DecisionTransformer:
-    """The untrained network, with the data's mean and std and the scale of the returns in its buffers."""
-    if args.embed_dim % args.n_heads:
-        die(f"--embed-dim {args.embed_dim} is not a multiple of --n-heads {args.n_heads}: change one of them.")
-    torch.manual_seed(stream(args.seed, 0, "weights"))
-    dims = data.observations.shape[1], data.actions.shape[1]
-    model = DecisionTransformer(*dims, args.embed_dim, args.n_layers, args.n_heads, args.model, args.dropout)
-    mean, std = (getattr(data.observations, name)(axis=0, dtype=np.float64) for name in ("mean", "std"))
-    model.obs_mean.copy_(torch.from_numpy(mean))
-    model.obs_std.copy_(torch.from_numpy(np.where(std < 1e-3, 1.0, std + 1e-6)))  # departure (2)
-    model.return_scale.fill_(1.0 if task_of(args.env_id) == "AntMaze" else 1e-3)  # [15] ODT's
-    return model
+# What the saved state hangs on: may not change when a run goes on.
+FIXED = ("env_id", "pretrained", "dataset_kind", "embed_dim", "c_online", "l_traj", "kappa_initial", "run_dir")
+FIXED += ("hindsight", "full_trajectories", "mixed_groups", "ratio", "random_points", "n_layers", "n_heads")
+FIXED += ("value_dim", "value_norm", "critic_dim", "critic_norm", "reward_divisor")
 
 
-def check_resumed(saved: dict, facts: dict, args: Args) -> None:
-    """Exits with a line if the data or the precision is not that of the run to go on with."""
-    if saved["fingerprint"] != facts["fingerprint"]:
-        die(f"the data in {args.dataset} changed since {args.resume} began: put the old ones back, or start a new run.")
-    if saved["precision"] != facts["precision"]:
-        die(f"{args.resume} began in {saved['precision']}, here it is {facts['precision']}: use a device like it.")
-    if saved["iteration"] > args.updates:
-        die(f"{args.resume} is at update {saved['iteration']:,} already: give --updates {saved['iteration']} or more.")
-
-
-def pretraining_facts(args: Args, model: DecisionTransformer, data: Trajectories, env_kwargs: dict, dtype) -> dict:
-    """What every checkpoint of a run says beside weights and state: plain types, for whoever finetunes or evaluates."""
-    best_return = float(data.episode_returns().max())
-    args.g_eval = best_return if args.g_eval is None else args.g_eval
-    facts = dict(script=Path(__file__).stem, sizes=model.sizes, env_id=args.env_id, env_kwargs=env_kwargs)
-    facts |= dict(dataset=args.dataset, dataset_kind=args.dataset_kind, dataset_best_return=best_return)
-    facts |= dict(fingerprint=data.fingerprint(), precision=str(dtype), g_eval=args.g_eval, c_online=args.c_online)
-    return facts | dict(args=vars(args) | {"resume": None})
-
-
-def progress_line(step: int, updates: int, losses: dict[str, float], rate: float, seconds_left: float) -> str:
-    """What the console shows every --log-every updates."""
-    return (
-        f"update {step:,}/{updates:,}  nll {losses['losses/nll']:.3f}  mse {losses['losses/action_mse']:.4f}  "
-        f"entropy {losses['losses/entropy']:.2f}  {rate:.1f} updates/s  {seconds_left / 60:.1f} min left"
-    )
-
-
-def main(args: Args) -> Path:
-    """Pretrain, or go on with a run; returns the run's folder."""
-    check_args(args)
-    saved = load_checkpoint(Path(args.resume)) if args.resume else None
-    print(fill_from_row(args), flush=True)
-    env_kwargs = saved["env_kwargs"] if saved else maze_kwargs(args)
-    env, (device, dtype) = make_env(args.env_id, env_kwargs), set_up_torch(args)
-    data = load_trajectories(args, env)
-    print(data.describe(args), flush=True)
-
-    model = load_model(saved, args.dropout) if saved else new_model(args, data)
-    learner = Learner(model.use_precision(dtype).to(device), args)
-    sampler = WindowSampler(data, args.c_offline, device)
-    facts = pretraining_facts(args, model, data, env_kwargs, dtype)
-    if saved:
-        check_resumed(saved, facts, args)
-        learner.load_state(saved)
-    run_dir = choose_run_dir(args)
-    envs = make_eval_envs(args, env_kwargs, run_dir / "videos")  # before training: what fails, fails early
-    log = RunLog(run_dir, METRICS, args, saved)
-    size = f"{sum(p.numel() for p in model.parameters()):,} weights"
-    print(f"{args.model}, {size}, {device.type}, {args.threads} threads, {dtype}, in {run_dir}", flush=True)
-
-    begun = block_begun = time.time()
-    first = block_first = learner.step
-    while learner.step < args.updates:
-        learner.update(sampler)
-        step = learner.step
-        if step % args.log_every and step < args.updates:
-            continue
-        losses, now = learner.mean_losses(), time.time()
-        rate, block_begun, block_first = (step - block_first) / (now - block_begun), now, step
-        seconds_left = (args.updates - step) * (now - begun) / (step - first)
-        print(progress_line(step, args.updates, losses, rate, seconds_left), flush=True)
-        if step % args.log_every == 0:
-            learning_rate = learner.optimizer.param_groups[0]["lr"]
-            log.write(step, losses | {"charts/learning_rate": learning_rate, "time/iteration": 1.0 / rate})
-            learner.sums.zero_()
-        content = dict(iteration=step, rows=log.rows, weights=model.state_dict(), learner=learner.state())
-        save_checkpoint(run_dir / "checkpoint.pt", facts | content)
-
-    # The closing row is not among the checkpoint's rows: a run that is resumed with more updates drops it.
-    log.write(learner.step, run_evaluation(args, model, envs, learner.step))
-    log.close()
-    for each in [env, *envs]:
-        each.close()
-    print(f"checkpoint: {run_dir / 'checkpoint.pt'}", flush=True)
-    return run_dir
+def parse_args(arguments: list[str] | None = None) -> Args:
+    """The command line. With --resume or --eval-only, the checkpoint's arguments are the defaults."""
+    args = tyro.cli(Args, args=arguments)
+    path = args.resume or args.eval_only
+    if path is None:
+        return args
+    content = load_checkpoint(path)
+    if args.resume and (args.eval_only or content["script"] != Path(__file__).stem):
+        die(f"{path} is a run of {content['script']}.py: resume it with that script, without --eval-only.")
+    if args.resume and not isinstance(content.get("rows"), list):
+        die(f"{path} is of an older version: start a new run.")
+    if ":" in content["env_id"] and args.env_id != content["env_id"]:  # gym.make would import what stands before it
+        die(f"{path} imports a module, {content['env_id']}: if you trust it, give --env-id {content['env_id']}.")
+    values = content["args"] | {"env_id": content["env_id"]}
+    saved = Args(**{name: value for name, value in values.items() if name in vars(args)})
+    if args.eval_only:
+        own = dict(g_online=content["g_eval"], c_online=content["c_online"], threads=None)
+        saved = dataclasses.replace(saved, **own, capture_video=False, resume=None)
+    args = tyro.cli(Args, args=arguments, default=saved)
+    names = FIXED if args.resume else ("env_id", "c_online", "embed_dim")
+    for name in [name for name in names if name in vars(args)]:
+        old, new, flag = getattr(saved, name), getattr(args, name), "--" + name.replace("_", "-")
+        if old != new:
+            die(f"{path} was made with {flag} {old}, not {new}: leave {flag} out, or start a run of its own.")
+    return args
 
 
 if __name__ == "__main__":
     if any(word.replace("_", "-") == "--capture-video" for word in sys.argv) and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is first imported
-    threading.excepthook = lambda failure: None  # TensorBoard's thread: the next write raises its error again, here
+        os.environ.setdefault("MUJOCO_GL", "egl")  # read when a camera is first made
     try:
         arguments = parse_args()
-        eval_only(arguments) if arguments.eval_only else main(arguments)
+        eval_only(arguments, Environments) if arguments.eval_only else main(arguments)
     except SystemExit as stop:  # tyro's code for bad usage is 2
         raise SystemExit(1 if stop.code == 2 else stop.code) from None
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ grpo_dt__Hopper-medium__random-points        python grpo_dt_continuous.py --env-
 # Fig. 2e: the geometric mean of the ratios
 grpo_dt__Hopper-medium__geometric-mean       python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__{seed} --iterations 500 --ratio geometric
 # Fig. 4a: from a Reinformer
-grpo_dt__Hopper-medium__reinformer           python benchmark/reinformer.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__reinformer__{seed} --iterations 500
+grpo_dt__Hopper-medium__reinformer           python benchmark/reinformer.py finetune --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__reinformer__{seed} --iterations 500
 # Fig. 4c: L_traj (15 is the paper's, in benchmark/grpo_dt.sh)
 grpo_dt__Hopper-medium__l-traj-1             python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__{seed} --iterations 500 --l-traj 1
 grpo_dt__Hopper-medium__l-traj-5             python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__{seed} --iterations 500 --l-traj 5

@@ -12,7 +12,9 @@ and beside them datasets/Hopper-v5-{random,medium-replay,medium}.hdf5 in D4RL's 
 """
 
 import os
+import shutil
 import sys
+import tempfile
 import time
 import warnings
 from dataclasses import dataclass
@@ -200,15 +202,16 @@ def play(env: gym.Env, choose, steps: int, seed: int, after=None) -> Transitions
     """At least `steps` steps of actions choose(observation), to the end of an episode; after(transitions, returns) is
     called at every step and stops everything by returning True."""
     transitions = Transitions(env.observation_space.shape[0], env.action_space.shape[0])
-    (observation, _), total, returns = env.reset(seed=seed), 0.0, []
+    observation, total, returns = np.array(env.reset(seed=seed)[0], np.float64), 0.0, []
     while True:
         action = choose(observation)
         following, reward, terminated, truncated, _ = env.step(action)
+        following = np.array(following, np.float64)  # a copy: some environments return their own buffer, or integers
         transitions.add(observation, action, reward, terminated, truncated, following)
         total, observation = total + float(reward), following
         if terminated or truncated:
             returns.append(total)
-            (observation, _), total = env.reset(), 0.0
+            observation, total = np.array(env.reset()[0], np.float64), 0.0
             if transitions.size >= steps:
                 return transitions
         if after and after(transitions, returns):
@@ -244,9 +247,11 @@ def episodes_of(columns: dict[str, np.ndarray]) -> list[slice]:
 
 
 def write_minari(dataset_id: str, columns: dict[str, np.ndarray], env: gym.Env, task: str) -> None:
-    """A Minari dataset with the environment's spec and, for D4RL's tasks, its reference scores."""
+    """A Minari dataset with the environment's spec and, for D4RL's tasks, its reference scores. Made beside Minari's
+    folder, then moved there: a half one would be in the way for ever."""
     import minari
     from minari.data_collector import EpisodeBuffer
+    from minari.storage.datasets_root_dir import get_dataset_path
 
     buffers = []
     for i, each in enumerate(episodes_of(columns)):
@@ -257,9 +262,26 @@ def write_minari(dataset_id: str, columns: dict[str, np.ndarray], env: gym.Env, 
     low, high = REFERENCE.get(task, (None, None))
     facts = dict(algorithm_name="uniformly random actions" if "/random-" in dataset_id else "SAC")
     facts |= dict(ref_min_score=low, ref_max_score=high, description="made by benchmark/collect_dataset.py")
-    with warnings.catch_warnings():  # Minari asks for an author, an e-mail address and a link
-        warnings.simplefilter("ignore")
-        minari.create_dataset_from_buffers(dataset_id, buffers, env=env, requirements=["gymnasium[mujoco]"], **facts)
+    facts |= dict(requirements=["gymnasium[mujoco]"])
+    root, target = get_dataset_path(), get_dataset_path(dataset_id)
+    making = Path(tempfile.mkdtemp(prefix=".making-", dir=root.parent))
+    given = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(making)
+    try:
+        with warnings.catch_warnings():  # Minari asks for an author, an e-mail address and a link
+            warnings.simplefilter("ignore")
+            minari.create_dataset_from_buffers(dataset_id, buffers, env=env, **facts)
+        for namespace in making.rglob("namespace_metadata.json"):
+            place = root / namespace.relative_to(making)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if not place.exists():
+                shutil.copy(namespace, place)
+        os.replace(making / dataset_id, target)
+    finally:
+        os.environ.pop("MINARI_DATASETS_PATH")
+        if given is not None:
+            os.environ["MINARI_DATASETS_PATH"] = given
+        shutil.rmtree(making, ignore_errors=True)
 
 
 def write_hdf5(path: Path, columns: dict[str, np.ndarray], args: Args) -> None:
@@ -267,11 +289,14 @@ def write_hdf5(path: Path, columns: dict[str, np.ndarray], args: Args) -> None:
     import h5py
 
     temporary = path.with_suffix(".tmp")
-    with h5py.File(temporary, "w") as file:
-        for name, array in columns.items():
-            file.create_dataset(name, data=array, compression="gzip")
-        file.attrs.update(env_id=args.env_id, seed=args.seed, made_by="benchmark/collect_dataset.py")
-    os.replace(temporary, path)
+    try:
+        with h5py.File(temporary, "w") as file:
+            for name, array in columns.items():
+                file.create_dataset(name, data=array, compression="gzip")
+            file.attrs.update(env_id=args.env_id, seed=args.seed, made_by="benchmark/collect_dataset.py")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def main(args: Args) -> None:
@@ -289,6 +314,10 @@ def main(args: Args) -> None:
     taken = [each for each in ids.values() if each in minari.list_local_datasets()]
     if taken:
         die(f"{', '.join(taken)} exists already: delete it with `minari delete`, or move MINARI_DATASETS_PATH.")
+    files = {kind: Path(args.hdf5 or "") / f"{args.env_id}-{kind}.hdf5" for kind in ids}
+    taken = [str(path) for path in files.values() if args.hdf5 and path.exists()]
+    if taken:
+        die(f"{', '.join(taken)} exists already: move it away, or choose another --hdf5.")
     try:
         env = gym.make(args.env_id)
     except gym.error.Error as error:
@@ -299,6 +328,7 @@ def main(args: Args) -> None:
 
     if args.hdf5:  # what can't be written shows before hours of training
         Path(args.hdf5).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.hdf5).close()
     agent, replay = train(env, args, medium_return)
     env.action_space.seed(args.seed + 1)
     collected = {
@@ -309,9 +339,9 @@ def main(args: Args) -> None:
     for kind, transitions in collected.items():
         columns = transitions.columns()
         returns = [columns["rewards"][each].sum() for each in episodes_of(columns)]
-        write_minari(ids[kind], columns, env, task)
         if args.hdf5:
-            write_hdf5(Path(args.hdf5) / f"{args.env_id}-{kind}.hdf5", columns, args)
+            write_hdf5(files[kind], columns, args)
+        write_minari(ids[kind], columns, env, task)
         size = f"{transitions.size:,} steps, {len(returns):,} episodes"
         print(f"{ids[kind]}: {size}, return {np.mean(returns):,.1f} ± {np.std(returns):,.1f}", flush=True)
     env.close()

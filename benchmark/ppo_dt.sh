@@ -5,7 +5,7 @@
 #
 #   bash benchmark/ppo_dt.sh --quick                           toy sizes, random data: does all of it run?
 #   bash benchmark/ppo_dt.sh --only Hopper-medium__            some lines; --dry-run shows what would be done
-#   SEEDS="1 2 3" WORKERS=2 EXTRA="--device cpu" bash benchmark/ppo_dt.sh
+#   SEEDS="1 2 3" WORKERS=2 EXTRA="--no-cuda" bash benchmark/ppo_dt.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exec "${PYTHON:-python}" benchmark/run.py --needs <(bash benchmark/pretrain_dt.sh --list) "$@" <<LINES

@@ -5,7 +5,7 @@
 #
 #   bash benchmark/pretrain_dt.sh --quick                      toy sizes, random data: does all of it run?
 #   bash benchmark/pretrain_dt.sh --only Hopper-medium__       some lines; --dry-run shows what would be done
-#   SEEDS="1 2 3" WORKERS=2 EXTRA="--device cpu" bash benchmark/pretrain_dt.sh
+#   SEEDS="1 2 3" WORKERS=2 EXTRA="--no-cuda" bash benchmark/pretrain_dt.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${DATASETS:-datasets}  # files that Minari does not have
@@ -20,7 +20,7 @@ pretrain_dt__Hopper-medium-replay    python pretrain_dt.py --env-id Hopper-v5 --
 pretrain_dt__Walker2d-medium         python pretrain_dt.py --env-id Walker2d-v5 --dataset-kind medium --dataset mujoco/walker2d/medium-v0
 pretrain_dt__Walker2d-medium-replay  python pretrain_dt.py --env-id Walker2d-v5 --dataset-kind medium-replay --dataset $data/Walker2d-v5-medium-replay.hdf5
 pretrain_dt__Ant-medium              python pretrain_dt.py --env-id Ant-v5 --dataset-kind medium --dataset mujoco/ant/medium-v0
-pretrain_dt__Ant-medium-replay       python pretrain_dt.py --env-id Ant-v5 --dataset-kind medium-replay --dataset $data/Ant-v5-medium-replay.hdf5
+pretrain_dt__Ant-medium-replay       python pretrain_dt.py --env-id Ant-v5 --dataset-kind medium-replay --dataset $data/Ant-v5-medium-replay.hdf5 --save-data
 # Adroit
 pretrain_dt__Door-cloned             python pretrain_dt.py --env-id AdroitHandDoor-v1 --dataset-kind cloned --dataset D4RL/door/cloned-v2
 pretrain_dt__Door-human              python pretrain_dt.py --env-id AdroitHandDoor-v1 --dataset-kind human --dataset D4RL/door/human-v2 --drop-last-episode
@@ -32,5 +32,5 @@ pretrain_dt__Hammer-human            python pretrain_dt.py --env-id AdroitHandHa
 pretrain_dt__AntMaze-umaze           python pretrain_dt.py --env-id AntMaze_UMaze-v4 --dataset-kind umaze --dataset D4RL/antmaze/umaze-v1
 pretrain_dt__AntMaze-diverse         python pretrain_dt.py --env-id AntMaze_UMaze-v4 --dataset-kind diverse --dataset D4RL/antmaze/umaze-diverse-v1
 # Fig. 4a
-pretrain_dt__Hopper-medium__reinformer python pretrain_dt.py --env-id Hopper-v5 --dataset-kind medium --dataset mujoco/hopper/medium-v0 --model reinformer
+pretrain_dt__Hopper-medium__reinformer python benchmark/reinformer.py pretrain --env-id Hopper-v5 --dataset-kind medium --dataset mujoco/hopper/medium-v0
 LINES

@@ -43,11 +43,12 @@ QUICK = {
     "--buffer-size 16 --n-batch 4 --n-minibatches 2 --eval-episodes 1 --threads 1",
     "ppo_dt_continuous.py": "--embed-dim 16 --iterations 2 --n-trajectories 2 --n-batch 8 --n-minibatches 2 "
     "--value-dim 16 --value-warmup 5 --eval-every 1 --eval-episodes 1 --threads 1",
-    "q_guided_grpo_dt.py": "--dataset random --dataset-steps 1500 --iterations 2 --n-sources 2 --n-points 2 "
+    "q_guided_grpo_dt.py": "--iterations 2 --n-sources 2 --n-points 2 "
     "--group-size 4 --buffer-size 32 --n-batch 8 --n-minibatches 2 --critic-warmup 5 --critic-updates 5 "
     "--critic-batch 8 --critic-dim 16 --eval-every 1 --eval-episodes 1 --threads 1",
 }
-QUICK["reinformer.py"] = QUICK["grpo_dt_continuous.py"]
+QUICK["reinformer.py pretrain"] = QUICK["pretrain_dt.py"]
+QUICK["reinformer.py finetune"] = QUICK["grpo_dt_continuous.py"]
 
 
 def die(message: str) -> NoReturn:
@@ -82,7 +83,7 @@ def words_of(flags: dict[str, list[str]]) -> list[str]:
 class Run:
     """One command with one seed, and the folder that it writes."""
 
-    program: list[str]  # ["python", "SCRIPT.py"]
+    program: list[str]  # ["python", "SCRIPT.py"], for reinformer.py also what it does
     flags: dict[str, list[str]]
 
     @property
@@ -120,8 +121,8 @@ def runs_of(text: str, seeds: list[str], runs: str, quick: bool, extra: str = ""
             if not name or name.startswith("#"):
                 continue
             run = parse(command.replace("{seed}", seed))
-            script = Path(run.program[-1]).name if run.program else ""
-            if not script.endswith(".py"):
+            script = " ".join(Path(word).name for word in run.program[1:])  # reinformer.py has a word after it
+            if not script.split(" ")[0].endswith(".py"):
                 die(f'the line "{line.strip()}" is not "NAME python SCRIPT.py --flag value ...".')
             run.flags |= flags_of(shlex.split(QUICK.get(script, ""))) if quick else {}
             run.flags |= flags_of(shlex.split(extra))

@@ -10,9 +10,9 @@ cd "$(dirname "$0")/.."
 data=${DATASETS:-datasets}  # Hopper-v5-medium.hdf5 and so on, as benchmark/collect_dataset.py writes them
 pretraining=$(cat <<LINES
 pretrain_dt__Hopper-medium__small        python pretrain_dt.py --env-id Hopper-v5 --dataset-kind medium --dataset $data/Hopper-v5-medium.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20
-pretrain_dt__Hopper-medium-replay__small python pretrain_dt.py --env-id Hopper-v5 --dataset-kind medium-replay --dataset $data/Hopper-v5-medium-replay.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20
+pretrain_dt__Hopper-medium-replay__small python pretrain_dt.py --env-id Hopper-v5 --dataset-kind medium-replay --dataset $data/Hopper-v5-medium-replay.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20 --save-data
 pretrain_dt__Ant-medium__small           python pretrain_dt.py --env-id Ant-v5 --dataset-kind medium --dataset $data/Ant-v5-medium.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20
-pretrain_dt__Ant-medium-replay__small    python pretrain_dt.py --env-id Ant-v5 --dataset-kind medium-replay --dataset $data/Ant-v5-medium-replay.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20
+pretrain_dt__Ant-medium-replay__small    python pretrain_dt.py --env-id Ant-v5 --dataset-kind medium-replay --dataset $data/Ant-v5-medium-replay.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20 --save-data
 pretrain_dt__Door-human__small           python pretrain_dt.py --env-id AdroitHandDoor-v1 --dataset-kind human --dataset $data/door-human.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20
 LINES
 )
@@ -40,9 +40,9 @@ grpo_dt__Hopper-medium-replay__small-kappa0.01 python grpo_dt_continuous.py --en
 grpo_dt__Hopper-medium-replay__small-steps     python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --iterations 500 --n-sources 4 --n-batch 128 --buffer-size 512 --lr 1e-4 --kappa-initial 0.01 --eval-every 10
 grpo_dt__Ant-medium-replay__small        python grpo_dt_continuous.py --env-id Ant-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Ant-medium-replay__small__{seed} --iterations 50 --lr 2e-4 --buffer-size 512 --eval-every 3
 ppo_dt__Hopper-medium-replay__small      python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --iterations 100
-q_guided_grpo_dt__Hopper-medium-replay__small            python q_guided_grpo_dt.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --dataset $data/Hopper-v5-medium-replay.hdf5 --iterations 250 --lr 5e-5 --tau 0.05
-q_guided_grpo_dt__Hopper-medium-replay__small-gamma0.995 python q_guided_grpo_dt.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --dataset $data/Hopper-v5-medium-replay.hdf5 --iterations 250 --lr 5e-5 --tau 0.05 --gamma 0.995
-q_guided_grpo_dt__Ant-medium-replay__small               python q_guided_grpo_dt.py --env-id Ant-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Ant-medium-replay__small__{seed} --dataset $data/Ant-v5-medium-replay.hdf5 --iterations 170 --lr 5e-5 --tau 0.05
+q_guided_grpo_dt__Hopper-medium-replay__small            python q_guided_grpo_dt.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --iterations 250 --lr 5e-5 --tau 0.05
+q_guided_grpo_dt__Hopper-medium-replay__small-gamma0.995 python q_guided_grpo_dt.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --iterations 250 --lr 5e-5 --tau 0.05 --gamma 0.995
+q_guided_grpo_dt__Ant-medium-replay__small               python q_guided_grpo_dt.py --env-id Ant-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Ant-medium-replay__small__{seed} --iterations 170 --lr 5e-5 --tau 0.05
 # From human demonstrations
 grpo_dt__Door-human__small               python grpo_dt_continuous.py --env-id AdroitHandDoor-v1 --dataset-kind human --pretrained runs/pretrain_dt__Door-human__small__{seed} --iterations 90 --lr 1e-4 --buffer-size 512 --delta-r 0 --kappa-initial 1e-3 --eval-every 5
 LINES

@@ -197,8 +197,8 @@ def measure_iteration(task: str, options) -> tuple[str, str]:
     learner = grpo.GRPOLearner(model.to(device), args)
     n = args.n_sources * args.n_points * args.group_size
     with grpo.Simulators(env, n, args.workers) as sims:
-        replay = grpo.collect(model, sims, 1, args, rng)
-        collected, replay = timed(grpo.collect, model, sims, 1, args, rng)
+        replay = grpo.collect(model, sims, 1, args, rng, True)
+        collected, replay = timed(grpo.collect, model, sims, 1, args, rng, True)
         for l_eval in (1, args.l_eval):
             args.l_eval = l_eval
             sims.seconds = 0.0
@@ -221,7 +221,8 @@ def measure_iteration(task: str, options) -> tuple[str, str]:
         job = dict(
             weights=model.state_dict(), sizes=(len(model.obs_mean), model.act_dim), kwargs=kwargs, args=vars(args)
         )
-        job |= dict(trajectory=[torch.from_numpy(field) for field in source])
+        seen = (*source[:4], source.rewards, source.snapshots)
+        job |= dict(trajectory=[torch.from_numpy(field) for field in seen])
         job |= dict(points=[h for _, h in members[:: args.group_size]])
         *before, was_collected, was_evaluated = in_a_process_of_its_own(options.against, job)
         tables.append(("before", before))

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHELL = ["pretrain_dt", "grpo_dt", "ppo_dt", "q_guided_grpo_dt", "ablations", "small"]
 
 
@@ -131,8 +131,9 @@ def test_quick_replaces_sizes_and_data_and_keeps_what_the_line_is_about():
     assert quick.folder == Path("runs/quick/n__1") and quick.needs == Path("runs/quick/p__1")
     assert quick.flags["--l-traj"] == ["5"]
     assert (quick.flags["--iterations"], quick.flags["--buffer-size"]) == (["2"], ["16"])
-    (other,) = run.runs_of(line.replace("grpo_dt_continuous", "benchmark/reinformer"), ["1"], "runs/quick", True)
-    assert other.program[1] == "benchmark/reinformer.py" and other.flags == quick.flags
+    twin = line.replace("grpo_dt_continuous.py", "benchmark/reinformer.py finetune")
+    (other,) = run.runs_of(twin, ["1"], "runs/quick", True)
+    assert other.program[1:] == ["benchmark/reinformer.py", "finetune"] and other.flags == quick.flags
     (quick,) = run.runs_of("n python pretrain_dt.py --dataset x.hdf5", ["1"], "runs/quick", True)
     assert quick.flags["--dataset"] == ["random"]
 
@@ -439,15 +440,17 @@ def all_lines():
 
 
 def script_of(each, monkeypatch):
-    """The script that a run calls; skips where it is not there yet. reinformer.py puts its model into GRPO-DT's."""
+    """The script that a run calls. reinformer.py puts its model and its loss into those that it is named."""
     path = ROOT / each.program[1]
-    if not path.exists():
-        pytest.skip(f"{path.name} is not there yet")
-    if path.name == "reinformer.py":
-        script = importlib.import_module("grpo_dt_continuous")
-        monkeypatch.setattr(script, "DecisionTransformer", load("reinformer").Reinformer)
-        return script
-    return importlib.import_module(path.stem)
+    if path.name != "reinformer.py":
+        return importlib.import_module(path.stem)
+    reinformer = load("reinformer")
+    name = {"pretrain": "pretrain_dt", "finetune": "grpo_dt_continuous"}[each.program[2]]
+    script = importlib.import_module(name)
+    monkeypatch.setattr(script, "DecisionTransformer", reinformer.Reinformer)
+    if name == "pretrain_dt":
+        monkeypatch.setattr(script, "pretrain_loss", reinformer.reinformer_loss)
+    return script
 
 
 def test_there_is_a_line_for_every_cell_of_table_1(all_lines):
@@ -478,8 +481,8 @@ def test_every_finetuning_line_begins_with_a_line_of_pretraining_of_the_same_env
             assert [each.flags[flag] for flag in ("--env-id", "--dataset-kind")] == [
                 before.flags[flag] for flag in ("--env-id", "--dataset-kind")
             ], each.name
-            assert ("reinformer" in each.name) == ("--model" in before.flags)
-            assert ("reinformer" in each.name) == (each.program[1] == "benchmark/reinformer.py")
+            assert ("reinformer" in each.name) == (before.program[1:] == ["benchmark/reinformer.py", "pretrain"])
+            assert ("reinformer" in each.name) == (each.program[1:] == ["benchmark/reinformer.py", "finetune"])
 
 
 SMALL = ("--embed-dim", "--lr", "--buffer-size", "--gamma", "--tau", "--kappa-initial", "--kappa-lr", "--delta-r")
@@ -495,7 +498,7 @@ def test_every_line_is_parsed_and_takes_the_papers_row(all_lines, name, monkeypa
         args = script.parse_args([*run.words_of(each.flags)])
         script.check_args(args)
         if script.__name__ == "pretrain_dt":
-            script.fill_from_row(args)
+            script.fill_from_row(args, 1.0)
         else:
             script.fill_from_table(args, args.dataset_kind or "random", 1.0)
         method, task, kind, variant, _ = report.identify(each.name, vars(args))
@@ -522,7 +525,7 @@ def covering_lines():
     chosen, seen = [], set()
     for name in SHELL:
         for number, each in enumerate(lines_of(name, quick=True, extra="--eval-episodes 1")):
-            flags = {(each.program[1], flag) for flag in each.flags}
+            flags = {(*each.program[1:], flag) for flag in each.flags}
             if number == 0 or flags - seen:
                 chosen.append(each)
                 seen |= flags
@@ -531,12 +534,12 @@ def covering_lines():
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory):
-    """A working directory with a toy DT and a toy Reinformer on Hopper."""
-    folder = tmp_path_factory.mktemp("toys")
-    pretrain_dt = importlib.import_module("pretrain_dt")
-    toy = shlex.split(run.QUICK["pretrain_dt.py"])
-    for model in ("dt", "reinformer"):
-        pretrain_dt.main(pretrain_dt.parse_args([*toy, "--model", model, "--run-dir", str(folder / model)]))
+    """A working directory with a toy DT and a toy Reinformer on Hopper, and the data that they learned from."""
+    folder, quick = tmp_path_factory.mktemp("toys"), shlex.split(run.QUICK["pretrain_dt.py"])
+    for model, program in (("dt", ["pretrain_dt.py"]), ("reinformer", ["benchmark/reinformer.py", "pretrain"])):
+        with pytest.MonkeyPatch.context() as patch:
+            script = script_of(run.Run(["python", *program], {}), patch)
+            script.main(script.parse_args([*quick, "--save-data", "--run-dir", str(folder / model)]))
     return folder
 
 
@@ -545,7 +548,7 @@ def test_a_line_of_each_shell_script_and_each_flag_at_toy_size(each, toys, monke
     """In this process, and in Hopper, where episodes are short: every line as it is runs in the test below."""
     script = script_of(each, monkeypatch)
     monkeypatch.chdir(tmp_path)
-    finetunes = each.program[1] != "pretrain_dt.py"
+    finetunes = script.__name__ != "pretrain_dt"
     each.flags |= {"--env-id": ["Hopper-v5"]} | ({"--iterations": ["1"]} if finetunes else {})
     if finetunes:
         each.flags["--pretrained"] = [str(toys / ("reinformer" if "reinformer" in each.name else "dt"))]

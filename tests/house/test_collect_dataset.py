@@ -13,7 +13,7 @@ from torch.distributions.transforms import AffineTransform, TanhTransform
 
 import pretrain_dt
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmark"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmark"))
 import collect_dataset
 from collect_dataset import SAC, Args, Critics, Transitions, episodes_of, main, play
 
@@ -106,6 +106,52 @@ def test_playing_ends_with_the_episode_in_which_the_steps_are_reached(env):
         observation, reward, *_ = fresh.step(np.zeros(1, np.float32))
         assert columns["rewards"][i] == pytest.approx(reward)
         np.testing.assert_array_equal(columns["next_observations"][i], observation)
+
+
+class InPlace(gym.Env):
+    """Counts in a buffer of its own, which is what it returns; its reset gives integers."""
+
+    observation_space = gym.spaces.Box(-1e3, 1e3, (1,), np.float32)
+    action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, seed=None, options=None):
+        self.steps, self.buffer = 0, np.zeros(1, np.float32)
+        return np.zeros(1, int), {}
+
+    def step(self, action):
+        self.steps += 1
+        self.buffer += 0.5
+        return self.buffer, 1.0, self.steps == 4, False, {}
+
+
+def test_observations_are_copied_and_keep_their_fractions():
+    kept = play(InPlace(), lambda observation: np.zeros(1, np.float32), 5, seed=0).columns()
+    assert kept["observations"][:, 0].tolist() == [0.0, 0.5, 1.0, 1.5] * 2
+    assert kept["next_observations"][:, 0].tolist() == [0.5, 1.0, 1.5, 2.0] * 2
+
+
+def test_a_disk_that_fills_up_leaves_the_hdf5_file_and_no_half_dataset(tmp_path, monkeypatch):
+    import minari
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    toy = dict(medium_return=-1e9, learning_starts=200, random_steps=120, medium_steps=100, hidden=8, batch_size=16)
+    real = minari.create_dataset_from_buffers
+
+    def full(*args, **kwargs):
+        real(*args, **kwargs)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(minari, "create_dataset_from_buffers", full)
+    with pytest.raises(OSError, match="No space left"):
+        main(Args(hdf5=str(tmp_path / "files"), **toy))
+    assert [path.name for path in (tmp_path / "files").iterdir()] == ["Hopper-v5-random.hdf5"]
+    assert len(pretrain_dt.read_hdf5(tmp_path / "files" / "Hopper-v5-random.hdf5").rewards) >= 120
+    assert minari.list_local_datasets() == {} and sorted(each.name for each in tmp_path.iterdir()) == [
+        "files",
+        "minari",
+    ]
+    with pytest.raises(SystemExit, match=r"\Aerror: [^\n]*Hopper-v5-random.hdf5 exists already[^\n]*\Z"):
+        main(Args(hdf5=str(tmp_path / "files"), **toy))
 
 
 def test_three_datasets_are_written_that_pretraining_reads_and_learns_from(tmp_path, monkeypatch, capsys):

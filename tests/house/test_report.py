@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PATH = ROOT / "benchmark" / "report.py"
 spec = importlib.util.spec_from_file_location("benchmark_report", PATH)
 report = importlib.util.module_from_spec(spec)

@@ -14,7 +14,7 @@ import torch
 
 import grpo_dt_continuous as grpo
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PATH = ROOT / "benchmark" / "speed.py"
 spec = importlib.util.spec_from_file_location("speed", PATH)
 speed = importlib.util.module_from_spec(spec)

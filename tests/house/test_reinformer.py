@@ -16,7 +16,7 @@ import torch
 import grpo_dt_continuous as grpo
 import pretrain_dt
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PATH = ROOT / "benchmark" / "reinformer.py"
 spec = importlib.util.spec_from_file_location("benchmark_reinformer", PATH)
 reinformer = importlib.util.module_from_spec(spec)
@@ -26,24 +26,33 @@ spec.loader.exec_module(reinformer)
 S, A = 11, 3
 TOY = "--n-sources 2 --n-points 2 --group-size 4 --l-traj 5 --l-eval 10 --delta-r 0 --n-batch 8 --n-minibatches 2 "
 TOY += "--eval-episodes 1 --lr 1e-2 --no-cuda --no-bf16 --threads 1"
+PRETRAIN = (
+    "--dataset-steps 300 --embed-dim 16 --n-layers 2 --n-heads 2 --batch-size 8 --c-offline 5 --updates 4 --lr 1e-2 "
+)
+PRETRAIN += "--warmup 1 --log-every 2 --eval-episodes 1 --no-cuda --threads 1"
 
 
 @pytest.fixture(autouse=True)
 def own_model_again(monkeypatch):
-    """The command line puts Reinformer in the script's place: not for the tests after."""
+    """The command line puts Reinformer in the scripts' place: not for the tests after."""
     torch.set_num_threads(1)
     monkeypatch.setattr(grpo, "DecisionTransformer", grpo.DecisionTransformer)
+    monkeypatch.setattr(pretrain_dt, "DecisionTransformer", pretrain_dt.DecisionTransformer)
+    monkeypatch.setattr(pretrain_dt, "pretrain_loss", pretrain_dt.pretrain_loss)
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """{kind: folder of a toy run of pretrain_dt.py}"""
+    """{kind: folder of a toy run of pretraining}"""
     folder = tmp_path_factory.mktemp("pretrained")
-    toy = dict(dataset_steps=300, embed_dim=16, n_layers=2, n_heads=2, batch_size=8, c_offline=5, updates=4)
-    toy |= dict(lr=1e-2, warmup=1, eval_episodes=1, device="cpu", threads=1)
     torch.set_num_threads(1)
-    kinds = ("dt", "reinformer")
-    return {kind: pretrain_dt.main(pretrain_dt.Args(model=kind, run_dir=str(folder / kind), **toy)) for kind in kinds}
+    pretrain_dt.main(pretrain_dt.parse_args([*PRETRAIN.split(), "--run-dir", str(folder / "dt")]))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DecisionTransformer", "pretrain_loss"):
+            patch.setattr(pretrain_dt, name, getattr(pretrain_dt, name))
+        patch.setattr(grpo, "DecisionTransformer", grpo.DecisionTransformer)
+        reinformer.command_line(["pretrain", *PRETRAIN.split(), "--run-dir", str(folder / "reinformer")])
+    return {kind: folder / kind for kind in ("dt", "reinformer")}
 
 
 def rows_of(run_dir):
@@ -142,13 +151,113 @@ def test_the_return_that_is_asked_for_is_not_read(context):
     )
 
 
+def test_law_and_returns_of_every_step_are_those_of_forward_and_of_the_formulas():
+    model, windows = sharp_model(), draw_windows(5)
+    dist, predicted = model.law_and_returns(*windows)
+    every = model(*windows, every_step=True)
+    torch.testing.assert_close(dist.mean, every.mean)
+    torch.testing.assert_close(dist.stddev, every.stddev)
+    for i, (observations, returns, actions, real) in enumerate(zip(*windows)):
+        *_, expected = by_hand(model, observations[real], returns[real], actions[real])
+        np.testing.assert_allclose(predicted[i, real].numpy(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_dropout_works_in_pretraining_only():
+    torch.manual_seed(0)
+    model, windows = reinformer.Reinformer(S, A, embed_dim=16, n_layers=1, n_heads=2, dropout=0.5), draw_windows(5)
+    assert not torch.equal(model(*windows).mean, model(*windows).mean)
+    model.eval()
+    assert torch.equal(model(*windows).mean, model(*windows).mean)
+
+
+# The loss
+
+
+def test_expectile_loss_weighs_low_and_high_errors_by_tau():
+    loss = reinformer.expectile_loss(torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0]), 0.9)
+    torch.testing.assert_close(loss, torch.tensor([0.1 * 4, 0.1 * 0.25, 0.0, 0.9 * 0.25, 0.9 * 4]))
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.9, 0.99])
+def test_minimiser_of_the_expectile_loss_goes_from_the_mean_to_the_maximum(tau):
+    prediction = torch.linspace(0.0, 1.0, 1001)
+    loss = sum(reinformer.expectile_loss(target - prediction, tau) for target in (0.0, 1.0))
+    assert prediction[loss.argmin()].item() == pytest.approx(tau, abs=2e-3)  # in closed form: of {0, 1} it is tau
+
+
+def test_loss_is_pretrainings_plus_the_expectile_loss_over_real_steps_written_out():
+    model, windows = sharp_model(), pretrain_dt.Windows(*draw_windows(4))
+    torch.manual_seed(5)
+    theirs, values = pretrain_dt.pretrain_loss(model, windows, torch.tensor(0.7))
+    torch.manual_seed(5)
+    loss, ours = reinformer.reinformer_loss(model, windows, torch.tensor(0.7))
+    _, predicted = model.law_and_returns(*windows)
+    steps = [(b, k) for b in range(len(windows.real)) for k in range(4) if windows.real[b, k]]
+    size = sum(abs(windows.returns[step].item()) for step in steps) / len(steps)
+    expected = 0.0
+    for step in steps:
+        error = (windows.returns[step] - predicted[step]).item() / size
+        expected += (0.99 if error > 0 else 0.01) * error**2 / len(steps)
+    assert ours["return"].item() == pytest.approx(expected, rel=1e-4) and expected > 0
+    assert loss.item() == pytest.approx(theirs.item() + expected, rel=1e-4)
+    for name, value in values.items():
+        assert ours[name].item() == pytest.approx(value.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("expectile", "expected"), [(0.99, 2.98), (0.5, 2.0)])
+def test_it_predicts_the_best_of_two_returns_from_the_same_state(expectile, expected, monkeypatch):
+    monkeypatch.setattr(reinformer, "EXPECTILE", expectile)
+
+    def return_loss(*given):  # the return is what is tested; the actions conflict
+        _, values = reinformer.reinformer_loss(*given)
+        return 1000.0 * values["return"], values
+
+    monkeypatch.setattr(pretrain_dt, "pretrain_loss", return_loss)
+    both = np.array([1.0, 3.0], np.float32)
+    rng = np.random.default_rng(0)
+    observations = np.repeat(rng.normal(size=(1, S)).astype(np.float32), 2, axis=0)
+    actions = rng.uniform(-0.9, 0.9, (2, A)).astype(np.float32)
+    data = pretrain_dt.Dataset(observations, actions, both, both, np.array([1, 1]), np.zeros(2, bool))
+    torch.manual_seed(0)
+    model = reinformer.Reinformer(S, A, embed_dim=16, n_layers=2, n_heads=2)
+    args = pretrain_dt.Args(c_offline=1, lr=5e-3, warmup=10, batch_size=32)
+    learner, predictions = pretrain_dt.Learner(model, args), []
+    window = torch.from_numpy(observations[:1, None]), torch.zeros(1, 1), torch.zeros(1, 1, A), torch.ones(1, 1).bool()
+    for i in range(200):
+        learner.update(data, np.random.default_rng(i))
+        predictions.append(model.conditioned_on(*window).item())
+    assert np.mean(predictions[-50:]) == pytest.approx(expected, abs=0.25)  # LAMB keeps it moving
+
+
 # Runs
+
+
+def test_pretraining_logs_the_return_loss_resumes_bit_for_bit_and_names_its_kind(pretrained, tmp_path):
+    content = torch.load(pretrained["reinformer"] / "checkpoint.pt", weights_only=True)
+    assert (content["sizes"]["kind"], content["script"]) == ("reinformer", "pretrain_dt")
+    assert [float(row["losses/return"]) > 0 for row in rows_of(pretrained["reinformer"])[:2]] == [True, True]
+    words = ["pretrain", *PRETRAIN.split(), "--run-dir", str(tmp_path / "split")]
+    reinformer.command_line([*words, "--updates", "3"])
+    reinformer.command_line(["pretrain", "--resume", str(tmp_path / "split"), "--updates", "4"])
+    assert rows_of(tmp_path / "split") == rows_of(pretrained["reinformer"])
+    again = torch.load(tmp_path / "split" / "checkpoint.pt", weights_only=True)
+    assert all(torch.equal(again["weights"][name], value) for name, value in content["weights"].items())
+
+
+def test_pretraining_moves_the_return_head_and_evaluates_what_it_saved(pretrained, capsys):
+    reinformer.command_line(["pretrain", "--eval-only", str(pretrained["reinformer"])])
+    score = float(rows_of(pretrained["reinformer"])[-1]["eval/return_mean"])
+    assert f"return_mean {score:,.1f}" in capsys.readouterr().out
+    weights = torch.load(pretrained["reinformer"] / "checkpoint.pt", weights_only=True)["weights"]
+    torch.manual_seed(1)
+    untrained = reinformer.Reinformer(S, A, embed_dim=16, n_layers=2, n_heads=2)
+    assert not torch.equal(weights["return_head.weight"], untrained.return_head.weight)
 
 
 @pytest.mark.parametrize("context", [1, 5])
 def test_a_run_acts_on_the_predicted_returns_and_its_ratio_begins_at_1(context, pretrained, tmp_path):
     words = f"--pretrained {pretrained['reinformer']} --iterations 1 --c-online {context} --run-dir {tmp_path / 'run'}"
-    reinformer.command_line([*words.split(), *TOY.split()])
+    reinformer.command_line(["finetune", *words.split(), *TOY.split()])
     _, row = rows_of(tmp_path / "run")
     assert float(row["losses/ratio_first"]) == pytest.approx(1.0, abs=1e-4)
     assert float(row["losses/ratio_max"]) > 1.001  # and then it moves
@@ -170,17 +279,17 @@ def test_a_run_acts_on_the_predicted_returns_and_its_ratio_begins_at_1(context, 
 
 
 def test_the_command_line_runs_resumes_and_evaluates(pretrained, tmp_path, capsys):
-    words = [*f"--pretrained {pretrained['reinformer']} --c-online 5".split(), *TOY.split()]
+    words = ["finetune", *f"--pretrained {pretrained['reinformer']} --c-online 5".split(), *TOY.split()]
     done = command(*words, "--iterations", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert run_dir.name.startswith("Hopper-v5__grpo_dt_continuous__random__1__")
-    done = command("--resume", run_dir, "--iterations", 3, cwd=tmp_path)
+    done = command("finetune", "--resume", run_dir, "--iterations", 3, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((run_dir / "args.json").read_text())["command"][0] == str(PATH)
     reinformer.command_line([*words, "--iterations", "3", "--run-dir", str(tmp_path / "whole")])
     assert rows_of(run_dir) == rows_of(tmp_path / "whole") and len(rows_of(run_dir)) == 4
-    reinformer.command_line(["--eval-only", str(run_dir)])
+    reinformer.command_line(["finetune", "--eval-only", str(run_dir)])
     score = float(rows_of(run_dir)[-1]["eval/return_mean"])
     assert f"return_mean {score:,.1f}" in capsys.readouterr().out  # the saved model scores what it scored in memory
 
@@ -198,10 +307,15 @@ def test_the_script_names_this_one_for_a_reinformer_and_this_one_takes_no_other(
     with refused("benchmark/reinformer.py"):
         grpo.main(grpo.parse_args(runs[1]))
     with refused("holds a dt"):
-        reinformer.command_line(runs[0])
+        reinformer.command_line(["finetune", *runs[0]])
     assert not (tmp_path / "run").exists()
 
 
 def test_the_command_prints_one_line_and_exits_with_1():
-    done = command()
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1) and "--pretrained" in done.stderr
+    for words, named in (
+        ([], "give pretrain or finetune"),
+        (["--seed", 1], "finetune"),
+        (["finetune"], "--pretrained"),
+    ):
+        done = command(*words)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1) and named in done.stderr

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -23,22 +22,17 @@ from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 
 import grpo_dt_continuous as grpo
-from grpo_dt_continuous import D4RLRules, DecisionTransformer, Simulation, Simulators, make_env, rollout, scale_action
+from grpo_dt_continuous import DecisionTransformer, Simulation, Simulators, make_env, rollout, scale_action
 from pretrain_dt import UMAZE
 
 SCRIPT = Path(grpo.__file__).resolve()
 ROWS, SEGMENT = 6, 25
 LOCOMOTION = [f"{task}-{v}" for task in ("Hopper", "Walker2d", "HalfCheetah", "Ant") for v in ("v4", "v5")]
 ADROIT = [f"AdroitHand{task}-v1" for task in ("Door", "Hammer", "Pen", "Relocate")]
-ALL = [*LOCOMOTION, *ADROIT, "AntMaze_UMaze-v4", "AntMaze_UMaze-v5", "Humanoid-v5", "Pusher-v5"]
+ALL = [*LOCOMOTION, *ADROIT, "AntMaze_UMaze-v4", "AntMaze_UMaze-v5", "Pusher-v5"]
+ALL += [pytest.param("Humanoid-v5", marks=pytest.mark.slow)]
 EVERY = pytest.mark.parametrize("env_id", ALL)
 A_FEW = pytest.mark.parametrize("env_id", ["Ant-v5", "Ant-v4", "AdroitHandDoor-v1", "AntMaze_UMaze-v4"])
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """MuJoCo writes its warnings to a file in the current folder."""
-    monkeypatch.chdir(tmp_path)
 
 
 def new_env(env_id):
@@ -49,11 +43,6 @@ def new_env(env_id):
 def simulators(env_id):
     """Without workers; for tests that leave it fit for use."""
     return Simulators(new_env(env_id), ROWS + 2, 0)
-
-
-def refused(match):
-    """The block ends with `error: ...` on one line, which Python prints on stderr with exit code 1."""
-    return pytest.raises(SystemExit, match=rf"\Aerror: [^\n]*{match}[^\n]*\Z")
 
 
 @contextlib.contextmanager
@@ -95,9 +84,7 @@ def assert_same(ours, theirs):
         np.testing.assert_array_equal(x, y)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Against gymnasium
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Against gymnasium ----------------------------------------------------------------------------------------------
 
 
 class Segment(NamedTuple):
@@ -309,7 +296,7 @@ def test_the_time_limit_does_not_end_simulations():
 
 
 @A_FEW
-def test_a_simulation_that_mujoco_had_to_reset_is_one_line(env_id):
+def test_a_simulation_that_mujoco_had_to_reset_is_one_line(env_id, refused):
     batch, rows = [s for s in segments(env_id, 300) if len(s.actions) >= 2][:3], np.arange(3)
     actions, sims = np.stack([segment.actions[0] for segment in batch]), simulators(env_id)
     for field, value in (("qpos", np.nan), ("qpos", 1e12), ("qvel", -1e12), ("qfrc_applied", 1e15)):
@@ -318,14 +305,12 @@ def test_a_simulation_that_mujoco_had_to_reset_is_one_line(env_id):
         getattr(sims.main.data, field)[3] = value
         sims.main.take(sims.states[1])
         sims.step(rows[::2], actions[::2])  # the others go on
-        with refused("a simulation became unstable"):
+        with refused("--seed"):
             sims.step(rows, actions)
         sims.local.reset(0)  # MuJoCo counts its warnings until then
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Workers give the same
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Workers give the same ------------------------------------------------------------------------------------------
 
 
 def stepped(sims):
@@ -351,7 +336,7 @@ def rolled(sims):
     return [*first, *second]
 
 
-@pytest.mark.parametrize("env_id", ["Hopper-v5", "AdroitHandDoor-v1"])
+@pytest.mark.parametrize("env_id", ["Hopper-v5", pytest.param("AdroitHandDoor-v1", marks=pytest.mark.slow)])
 def test_no_and_one_and_three_workers_give_the_same_to_the_last_bit_also_through_a_rollout(env_id):
     seen = []
     for workers in (0, 1, 3):
@@ -368,9 +353,7 @@ def test_no_and_one_and_three_workers_give_the_same_to_the_last_bit_also_through
     np.testing.assert_allclose(first[5][:, 4:][:, :together], second[5][:, :together], rtol=0, atol=1e-4)  # one episode
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The proof
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The proof ------------------------------------------------------------------------------------------------------
 
 
 def own(entry_point, **kwargs):
@@ -499,16 +482,15 @@ REFUSED = [TargetSpeed, Direction, Friction, Noise, SmoothActions, Flags, NotANu
 
 
 @pytest.mark.parametrize("task", REFUSED, ids=lambda task: task.__name__)
-def test_a_task_that_keeps_state_where_a_snapshot_does_not_reach_is_refused_at_the_start(task):
+def test_a_task_that_keeps_state_where_a_snapshot_does_not_reach_is_refused_at_the_start(task, refused):
     env_id = own(task)
-    message = "keeps part of its state where a snapshot does not reach.*live_arrays.*q_guided.*ppo_dt_continuous"
-    with refused(f"{env_id} {message}"):
+    with refused(env_id, "live_arrays", "ppo_dt_continuous.py"):
         Simulators(make_env(env_id, {}), 2, 0)
 
 
-def test_a_task_cut_short_before_the_proof_could_see_more_is_still_looked_at():
+def test_a_task_cut_short_before_the_proof_could_see_more_is_still_looked_at(refused):
     for steps in (1, 3, 5):
-        with refused("TargetSpeed-v0 keeps part of its state"):
+        with refused("TargetSpeed-v0", "live_arrays"):
             Simulators(make_env(own(TargetSpeed, max_episode_steps=steps), {}), 2, 0)
 
 
@@ -519,15 +501,15 @@ def test_state_that_live_arrays_is_told_of_is_no_reason_to_refuse(monkeypatch):
 
 
 @pytest.mark.parametrize("task", [with_a_limit, with_a_limit_within], ids=lambda task: task.__name__)
-def test_a_time_limit_within_the_entry_point_is_refused(task):
+def test_a_time_limit_within_the_entry_point_is_refused(task, refused):
     env_id = own(task)
-    with refused(f"{env_id} sets a TimeLimit of its own: leave that to max_episode_steps"):
+    with refused(env_id, "max_episode_steps"):
         Simulators(make_env(env_id, {}), 2, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_environment_without_mujoco_is_one_line_that_names_the_other_scripts(workers):
-    with refused(r"Pendulum-v1 [^\n]*q_guided_grpo_dt\.py[^\n]*ppo_dt_continuous\.py"):
+def test_an_environment_without_mujoco_is_one_line_that_names_the_other_scripts(workers, refused):
+    with refused("Pendulum-v1", "q_guided_grpo_dt.py", "ppo_dt_continuous.py"):
         Simulators(make_env("Pendulum-v1", {}), 2, workers)
 
 
@@ -595,16 +577,14 @@ class WrongInOneProcess(Revalued):
         return observation, reward + self.off, *rest
 
 
-def test_the_proof_is_every_workers():
+def test_the_proof_is_every_workers(refused):
     counter = int(re.search(r"\d+$", multiprocessing.get_context("spawn").Process().name)[0])
     kwargs = {"wrong": f"SpawnProcess-{counter + 2}"}  # the second of the two
-    with ending(120), refused("WrongInOneProcess-v0 keeps part of its state"):
+    with ending(120), refused("WrongInOneProcess-v0", "live_arrays"):
         Simulators(make_env(own(WrongInOneProcess), kwargs), 2, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A worker's life
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- A worker's life ------------------------------------------------------------------------------------------------
 
 
 def processes():
@@ -692,27 +672,27 @@ def put_at(sims, row, x):
     sims.main.take(sims.states[row])
 
 
-def test_what_a_worker_raises_and_its_death_are_one_line_each_and_leaving_ends_all():
+def test_what_a_worker_raises_and_its_death_are_one_line_each_and_leaving_ends_all(refused):
     rows, still, env = np.arange(4), np.zeros((4, 6)), make_env(own(Fragile), {})
     with ending(120), Simulators(env, 4, 2) as sims:
         pids = [process.pid for process in sims.processes]
         sims.reset(rows)
         put_at(sims, 3, 60.0)
-        with refused("Fragile-v0 raised ValueError: the motor is hot .*--workers 0"):
+        with refused("Fragile-v0", "the motor is hot", "--workers"):
             sims.step(rows, still)
         sims.step(rows[:3], still[:3])  # others go on, should someone want to
         os.kill(pids[1], signal.SIGKILL)
         assert_gone(pids[1:], 5)
-        with refused("a worker process died"):
+        with refused("--resume"):
             sims.step(rows[:3], still[:3])
         put_at(sims, 0, 600.0)
-        with refused("a worker process died"):  # the other one, in the middle of a step
+        with refused("--resume"):  # the other one, in the middle of a step
             sims.step(rows[:1], still[:1])
     assert_gone(pids, 5)
 
 
-def test_an_environment_that_fails_in_workers_is_one_line_at_the_start():
-    with ending(120), refused("NotInWorkers-v0 raised RuntimeError: no licence"):
+def test_an_environment_that_fails_in_workers_is_one_line_at_the_start(refused):
+    with ending(120), refused("NotInWorkers-v0", "no licence"):
         Simulators(make_env(own(NotInWorkers), {}), 2, 1)
 
 
@@ -725,7 +705,7 @@ def test_an_id_registered_in_the_parent_alone_is_played_by_workers_with_its_argu
     assert min(rewards[:3]) > 1.0  # of which 2 are for health
 
 
-def test_an_entry_point_that_does_not_pickle_is_one_line_and_plays_without_workers():
+def test_an_entry_point_that_does_not_pickle_is_one_line_and_plays_without_workers(refused):
     before = below(os.getpid())
 
     class Local(HalfCheetahEnv):
@@ -736,7 +716,7 @@ def test_an_entry_point_that_does_not_pickle_is_one_line_and_plays_without_worke
 
     for entry_point in (lambda **kwargs: HalfCheetahEnv(**kwargs), local, Local):
         env_id = own(entry_point)
-        with ending(30), refused(f"{env_id} cannot be sent to worker processes .*--workers 0"):
+        with ending(30), refused(env_id, "--workers"):
             Simulators(make_env(env_id, {}), 2, 2)
         assert_plays_exactly(env_id)
     assert not any("spawn_main" in line for pid, line in below(os.getpid()).items() if pid not in before)
@@ -769,22 +749,14 @@ def test_a_script_without_a_main_guard_gets_a_line_that_says_so(tmp_path):
     with script(tmp_path, "play.py", play=PLAY.replace("8, 2)", "8, 1)") + "\nmain()\n") as process:
         assert process.wait(120) == 1
         line = (tmp_path / "err").read_text().splitlines()[-1]
-        assert re.match('error: a worker process died .*if __name__ == "__main__":.*--workers 0', line)
-
-
-@functools.cache
-def toy_checkpoint():
-    """What pretrain_dt.py leaves, untrained."""
-    sizes = dict(obs_dim=11, act_dim=3, embed_dim=16, n_layers=1, n_heads=2)
-    content = dict(sizes=sizes, weights=DecisionTransformer(**sizes).state_dict(), iteration=0, env_id="Hopper-v5")
-    content |= dict(script="pretrain_dt", args={}, env_kwargs={}, g_eval=100.0, c_online=1)
-    return content | dict(dataset="toy", dataset_kind="random", dataset_best_return=100.0)
+        assert re.match("error: .*__main__.*--workers", line)
 
 
 @pytest.mark.parametrize("moment", ["starting", "running"])
-def test_ctrl_c_leaves_no_process_and_no_traceback(tmp_path, moment):
-    grpo.save_checkpoint(tmp_path / "base.pt", toy_checkpoint())
-    flags = "--env-id Hopper-v5 --pretrained base.pt --run-dir run --workers 2 --threads 1 --no-cuda --n-sources 2"
+def test_ctrl_c_leaves_no_process_and_no_traceback(tmp_path, moment, pretrained):
+    flags = (
+        f"--env-id Hopper-v5 --pretrained {pretrained()} --run-dir run --workers 2 --threads 1 --no-cuda --n-sources 2"
+    )
     with script(tmp_path, str(SCRIPT), *flags.split(), "--eval-episodes", "1") as process:
         assert wait_for(lambda: len(workers_of(process.pid)) == 2, 120), (tmp_path / "err").read_text()
         if moment == "running":
@@ -795,13 +767,10 @@ def test_ctrl_c_leaves_no_process_and_no_traceback(tmp_path, moment):
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         assert process.wait(60) == 1
         assert_gone(pids, 10)
-        stopped = "stopped: a run goes on from its last checkpoint with --resume RUN_DIR\n"
-        assert (tmp_path / "err").read_text() == stopped
+        assert re.fullmatch(r"[^\n]*--resume[^\n]*\n", (tmp_path / "err").read_text())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Environments of others, and D4RL's rules
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Environments of others ------------------------------------------------------------------------------------------
 
 
 class Careless(HalfCheetahEnv):
@@ -832,20 +801,6 @@ class Single(Careless):
         self.action_space = gym.spaces.Box(-1.0, 1.0, (6,), np.float32)
 
 
-def test_observations_are_copies_in_double_precision_and_rewards_plain_numbers():
-    env, rng = make_env(own(Careless), {}), np.random.default_rng(0)
-    seen = [env.reset(seed=0)[0]]
-    kept = [seen[0].copy()]
-    for _ in range(3):
-        observation, reward, terminated, truncated, _ = act(env, random_action(env.action_space, rng))
-        assert (type(reward), type(terminated), type(truncated)) == (float, bool, bool)
-        seen.append(observation)
-        kept.append(observation.copy())
-    assert_same(seen, kept)
-    assert {observation.dtype for observation in seen} == {np.dtype(np.float64)}
-    assert len(np.unique(seen, axis=0)) == 4
-
-
 @pytest.mark.parametrize("task", [Careless, Single], ids=lambda task: task.__name__)
 def test_a_careless_task_is_played_exactly_with_actions_in_the_type_of_its_box(task):
     env_id = own(task)
@@ -857,74 +812,3 @@ def test_a_careless_task_is_played_exactly_with_actions_in_the_type_of_its_box(t
         assert (seen >= space.low).all() and (seen <= space.high).all()
     if task is Careless:
         assert (seen[:, 2] == 0.25).all() and len(np.unique(seen[:, 0])) > 20
-
-
-def test_actions_are_scaled_from_low_to_high_in_the_type_of_the_box():
-    low, high = np.array([-2.0, 0.0, 3.0], np.float32), np.array([2.0, 10.0, 3.0], np.float32)
-    actions = np.array([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0], [0.0, 0.5, 0.3], [0.25, -0.5, 1.0]], np.float32)
-    expected = [[-2.0, 0.0, 3.0], [2.0, 10.0, 3.0], [0.0, 7.5, 3.0], [0.5, 2.5, 3.0]]
-    for dtype in (np.float32, np.float64):
-        scaled = scale_action(actions, gym.spaces.Box(low.astype(dtype), high.astype(dtype), dtype=dtype))
-        assert scaled.dtype == dtype
-        np.testing.assert_array_equal(scaled, expected)
-    whole = scale_action(actions[:, :2], gym.spaces.Box(0, 8, (2,), np.int64))
-    assert whole.dtype == np.int64 and whole.tolist() == [[0, 0], [8, 8], [4, 6], [5, 2]]
-
-
-class WithoutRendering(HalfCheetahEnv):
-    def __init__(self, frame_skip=5):
-        super().__init__(frame_skip=frame_skip)
-
-
-def test_render_mode_is_passed_for_a_film_alone():
-    assert_plays_exactly(own(WithoutRendering), {"frame_skip": 4})
-    kwargs = {}
-    assert make_env("Hopper-v5", kwargs).render_mode is None
-    assert make_env("Hopper-v5", kwargs, "rgb_array").render_mode == "rgb_array"
-    assert kwargs == {}
-
-
-class Fixed(gym.Env):
-    """Every step gives the same."""
-
-    observation_space, action_space = gym.spaces.Box(-np.inf, np.inf, (46,)), gym.spaces.Box(-1.0, 1.0, (1,))
-
-    def __init__(self, env_id, observation, reward, terminated=False):
-        self.spec, self.outcome = SimpleNamespace(id=env_id), (observation, reward, terminated, False, {})
-
-    def step(self, action):
-        return self.outcome
-
-
-def ruled(*outcome):
-    """Reward and flag of a step under D4RL's rules."""
-    return D4RLRules(Fixed(*outcome)).step(np.zeros(1))[1:3]
-
-
-@pytest.mark.parametrize(
-    "task, taken_off",  # twice 0.1 times the distance, of an observation that counts up in squares
-    [
-        ("AdroitHandDoor", 0.2 * np.sqrt(35.0**4 + 36.0**4 + 37.0**4)),  # entries 35 to 37 are palm - handle
-        ("AdroitHandHammer", 0.2 * np.sqrt(207.0**2 + 213.0**2 + 219.0**2)),  # 36^2 - 33^2, 37^2 - 34^2, 38^2 - 35^2
-        ("AdroitHandRelocate", 0.2 * np.sqrt(30.0**4 + 31.0**4 + 32.0**4)),
-        ("AdroitHandPen", 0.0),
-        ("AdroitHandDoorSparse", 0.0),
-        ("Hopper", 0.0),
-    ],
-)
-def test_door_hammer_and_relocate_of_version_1_take_twice_the_distance_off(task, taken_off):
-    observation = np.arange(46.0) ** 2
-    assert ruled(f"{task}-v1", observation, 3.0) == (pytest.approx(3.0 - taken_off, rel=1e-12), False)
-    assert ruled(f"{task}-v1", observation, 3.0, True)[1] is True
-    for other in (f"{task}-v2", f"{task}-v0", f"Own/{task}-v11"):
-        assert ruled(other, observation, 3.0) == (3.0, False)
-
-
-def test_the_pen_of_version_1_ends_when_it_has_fallen_below_75_mm():
-    observation = np.full(45, 0.01)
-    for height, fallen in ((0.0751, False), (0.075, False), (0.0749, True)):
-        observation[26] = height
-        assert ruled("AdroitHandPen-v1", observation, 3.0) == (3.0, fallen)
-        assert ruled("AdroitHandPen-v1", observation, 3.0, True) == (3.0, True)
-        for other in ("AdroitHandPen-v2", "AdroitHandDoor-v1", "Hopper-v1"):
-            assert ruled(other, observation, 3.0)[1] is False

@@ -1,0 +1,224 @@
+"""Faults found from outside: foreign folders and checkpoints, empty flags, automatic pretraining broken off."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import grpo_dt_continuous as grpo
+import ppo_dt_continuous as ppo
+
+SCRIPTS = pytest.mark.parametrize("script", [grpo, ppo], ids=lambda script: script.__name__)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+
+
+@contextlib.contextmanager
+def refused(*named):
+    """The block ends with `error: ...` on one line that names these, which Python prints with exit code 1."""
+    with pytest.raises(SystemExit) as stop:
+        yield
+    line = str(stop.value)
+    assert line.startswith("error: ") and "\n" not in line and all(name in line for name in named), line
+
+
+def checkpoint(path: Path, **changes) -> Path:
+    """A pretrained network for Hopper, as pretrain_dt.py describes it, with `changes`."""
+    model = grpo.DecisionTransformer(11, 3, embed_dim=16, n_layers=2, n_heads=2)
+    sizes = dict(obs_dim=11, act_dim=3, embed_dim=16, n_layers=2, n_heads=2, kind="dt")
+    content = dict(script="pretrain_dt", iteration=4, sizes=sizes, weights=model.state_dict(), args={})
+    content |= dict(env_id="Hopper-v5", env_kwargs={}, dataset="random", dataset_kind="random")
+    content |= dict(dataset_best_return=10.0, g_eval=3600.0, c_online=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content | changes, path)
+    return path
+
+
+# ---- Flags ----------------------------------------------------------------------------------------------------------
+
+
+@SCRIPTS
+@pytest.mark.parametrize("flag", ["pretrained", "resume", "eval_only", "run_dir"])
+def test_an_empty_flag_is_refused_before_anything_is_made(script, flag, tmp_path):
+    with refused(f"--{flag.replace('_', '-')}"):
+        script.main(script.Args(**{flag: ""}))
+    assert list(tmp_path.iterdir()) == []
+
+
+@SCRIPTS
+def test_a_discount_above_1_is_refused(script):
+    with refused("--gamma", "1.01"):
+        script.check_args(script.Args(gamma=1.01))
+    script.check_args(script.Args(gamma=1.0))
+
+
+# ---- Run folders ----------------------------------------------------------------------------------------------------
+
+
+@SCRIPTS
+@pytest.mark.parametrize("name", ["metrics.csv", "args.json", "checkpoint.pt"])
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(script, name, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / name).write_text("mine")
+    with refused("--run-dir"):
+        script.choose_run_dir(script.Args(run_dir="notes"))
+    assert (tmp_path / "notes" / name).read_text() == "mine"
+
+
+@SCRIPTS
+def test_a_file_is_no_folder(script, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with refused("notes.txt"):
+        script.choose_run_dir(script.Args(run_dir="notes.txt"))
+
+
+@SCRIPTS
+def test_a_run_that_broke_off_before_its_first_checkpoint_may_begin_again(script, tmp_path):
+    for name in (".lock", "metrics.csv", "args.json"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).touch()
+    assert script.choose_run_dir(script.Args(run_dir="run")) == Path("run")
+
+
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+
+IMPOSSIBLE = [{"n_heads": 0}, {"n_heads": -4}, {"n_heads": 3}, {"n_layers": 10**7}, {"obs_dim": 10**12}]
+IMPOSSIBLE += [{"embed_dim": 10**9}, {"embed_dim": "16"}, {"n_layers": 1}, {"unknown": 1}]
+
+
+@SCRIPTS
+@pytest.mark.parametrize("wrong", IMPOSSIBLE, ids=str)
+def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_taken(script, wrong, tmp_path):
+    content = torch.load(checkpoint(tmp_path / "checkpoint.pt"), weights_only=True)
+    content["sizes"] |= wrong
+    with refused("sizes"):
+        script.load_model(content, torch.device("cpu"), bf16=False)
+
+
+@SCRIPTS
+@pytest.mark.parametrize("wrong", [{"env_kwargs": [1]}, {"sizes": "large"}, {"env_kwargs": None}], ids=str)
+def test_entries_of_another_type_are_refused(script, wrong, tmp_path):
+    with refused("checkpoint.pt"):
+        script.load_checkpoint(checkpoint(tmp_path / "checkpoint.pt", **wrong))
+
+
+@SCRIPTS
+def test_a_flipped_bit_is_refused(script, tmp_path):
+    path = checkpoint(tmp_path / "checkpoint.pt")
+    script.load_checkpoint(path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content[largest.header_offset + 200] ^= 4  # amid the weights
+    path.write_bytes(content)
+    with refused("checkpoint.pt"):
+        script.load_checkpoint(path)
+
+
+@SCRIPTS
+def test_a_compressed_checkpoint_is_refused_unread(script, tmp_path):
+    """A megabyte of it might be gigabytes of zeros."""
+    path = checkpoint(tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(path) as plain,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with refused("packed.pt"):
+        script.load_checkpoint(tmp_path / "packed.pt")
+
+
+# ---- Automatic pretraining ------------------------------------------------------------------------------------------
+
+# Stands for pretrain_dt.py: writes where it is told to, after some time
+STAND_IN = """
+import shutil, sys, time
+from pathlib import Path
+
+words = sys.argv[1:]
+resumed = "--resume" in words
+folder = Path(words[words.index("--resume" if resumed else "--run-dir") + 1])
+folder.mkdir(parents=True, exist_ok=True)
+with open(folder.parent / "calls.txt", "a") as calls:
+    calls.write("resume " if resumed else "begin ")
+time.sleep({seconds})
+shutil.copy({path!r}, folder / "checkpoint.pt")
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """stand_in(seconds): pretraining that takes so long; gives the script's copy beside it."""
+
+    def make(script, seconds=0.0):
+        path = checkpoint(tmp_path / "made" / "checkpoint.pt", iteration=900)
+        folder = tmp_path / "scripts"
+        folder.mkdir(exist_ok=True)
+        copy = folder / Path(script.__file__).name
+        copy.write_text(Path(script.__file__).read_text())
+        (folder / "pretrain_dt.py").write_text(STAND_IN.format(seconds=seconds, path=str(path)))
+        monkeypatch.setattr(script, "__file__", str(copy))
+        return copy
+
+    return make
+
+
+def calls(tmp_path):
+    return (tmp_path / "runs" / "pretrained" / "calls.txt").read_text().split()
+
+
+@SCRIPTS
+def test_pretraining_is_done_once_for_all_runs_of_a_recipe(script, stand_in, tmp_path):
+    stand_in(script)
+    first = script.pretrained_on_random(script.Args(embed_dim=16))
+    assert script.pretrained_on_random(script.Args(embed_dim=16)) == first
+    assert script.pretrained_on_random(script.Args(embed_dim=16, seed=2)) != first
+    assert calls(tmp_path) == ["begin", "begin"]
+
+
+@SCRIPTS
+def test_pretraining_that_was_broken_off_is_gone_on_with(script, stand_in, tmp_path):
+    stand_in(script)
+    args = script.Args(embed_dim=16)
+    target = script.pretrained_on_random(args)
+    checkpoint(target / "checkpoint.pt", iteration=300)
+    assert script.pretrained_on_random(args) == target
+    assert script.load_checkpoint(target)["iteration"] == 900 and calls(tmp_path) == ["begin", "resume"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks are POSIX's")
+@SCRIPTS
+def test_where_its_parent_was_killed_the_next_run_waits_for_the_child_and_takes_what_it_made(
+    script, stand_in, tmp_path
+):
+    copy = stand_in(script, seconds=3.0)
+    code = f"import {script.__name__} as script; script.pretrained_on_random(script.Args(embed_dim=16))"
+    parent = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(copy.parent)})
+    while not list(tmp_path.glob("runs/pretrained/calls.txt")):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    target = script.pretrained_on_random(script.Args(embed_dim=16))
+    assert script.load_checkpoint(target)["iteration"] == 900 and calls(tmp_path) == ["begin"]
+
+
+@SCRIPTS
+def test_pretraining_that_fails_is_one_line_and_leaves_no_folder(script, stand_in, tmp_path):
+    copy = stand_in(script)
+    copy.with_name("pretrain_dt.py").write_text("raise SystemExit(1)")
+    with refused("--pretrained"):
+        script.pretrained_on_random(script.Args(embed_dim=16))
+    assert not any(path.is_dir() for path in (tmp_path / "runs" / "pretrained").iterdir())
