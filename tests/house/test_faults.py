@@ -1,6 +1,5 @@
 """Faults found from outside: foreign folders and checkpoints, empty flags, automatic pretraining broken off."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -14,23 +13,16 @@ import torch
 
 import grpo_dt_continuous as grpo
 import ppo_dt_continuous as ppo
+import pretrain_dt
+import q_guided_grpo_dt as q_guided
 
-SCRIPTS = pytest.mark.parametrize("script", [grpo, ppo], ids=lambda script: script.__name__)
+FINETUNING = pytest.mark.parametrize("script", [grpo, ppo, q_guided], ids=lambda script: script.__name__)
+SCRIPTS = pytest.mark.parametrize("script", [grpo, ppo, q_guided, pretrain_dt], ids=lambda script: script.__name__)
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    torch.set_num_threads(1)
+def here(elsewhere, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@contextlib.contextmanager
-def refused(*named):
-    """The block ends with `error: ...` on one line that names these, which Python prints with exit code 1."""
-    with pytest.raises(SystemExit) as stop:
-        yield
-    line = str(stop.value)
-    assert line.startswith("error: ") and "\n" not in line and all(name in line for name in named), line
 
 
 def checkpoint(path: Path, **changes) -> Path:
@@ -48,16 +40,16 @@ def checkpoint(path: Path, **changes) -> Path:
 # ---- Flags ----------------------------------------------------------------------------------------------------------
 
 
-@SCRIPTS
+@FINETUNING
 @pytest.mark.parametrize("flag", ["pretrained", "resume", "eval_only", "run_dir"])
-def test_an_empty_flag_is_refused_before_anything_is_made(script, flag, tmp_path):
+def test_an_empty_flag_is_refused_before_anything_is_made(script, flag, tmp_path, refused):
     with refused(f"--{flag.replace('_', '-')}"):
         script.main(script.Args(**{flag: ""}))
     assert list(tmp_path.iterdir()) == []
 
 
-@SCRIPTS
-def test_a_discount_above_1_is_refused(script):
+@FINETUNING
+def test_a_discount_above_1_is_refused(script, refused):
     with refused("--gamma", "1.01"):
         script.check_args(script.Args(gamma=1.01))
     script.check_args(script.Args(gamma=1.0))
@@ -68,7 +60,7 @@ def test_a_discount_above_1_is_refused(script):
 
 @SCRIPTS
 @pytest.mark.parametrize("name", ["metrics.csv", "args.json", "checkpoint.pt"])
-def test_a_folder_that_holds_something_else_is_refused_and_left_alone(script, name, tmp_path):
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(script, name, tmp_path, refused):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / name).write_text("mine")
     with refused("--run-dir"):
@@ -77,7 +69,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(script, na
 
 
 @SCRIPTS
-def test_a_file_is_no_folder(script, tmp_path):
+def test_a_file_is_no_folder(script, tmp_path, refused):
     (tmp_path / "notes.txt").write_text("mine")
     with refused("notes.txt"):
         script.choose_run_dir(script.Args(run_dir="notes.txt"))
@@ -99,7 +91,7 @@ IMPOSSIBLE += [{"embed_dim": 10**9}, {"embed_dim": "16"}, {"n_layers": 1}, {"unk
 
 @SCRIPTS
 @pytest.mark.parametrize("wrong", IMPOSSIBLE, ids=str)
-def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_taken(script, wrong, tmp_path):
+def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_taken(script, wrong, tmp_path, refused):
     content = torch.load(checkpoint(tmp_path / "checkpoint.pt"), weights_only=True)
     content["sizes"] |= wrong
     with refused("sizes"):
@@ -108,13 +100,13 @@ def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_taken(s
 
 @SCRIPTS
 @pytest.mark.parametrize("wrong", [{"env_kwargs": [1]}, {"sizes": "large"}, {"env_kwargs": None}], ids=str)
-def test_entries_of_another_type_are_refused(script, wrong, tmp_path):
+def test_entries_of_another_type_are_refused(script, wrong, tmp_path, refused):
     with refused("checkpoint.pt"):
         script.load_checkpoint(checkpoint(tmp_path / "checkpoint.pt", **wrong))
 
 
 @SCRIPTS
-def test_a_flipped_bit_is_refused(script, tmp_path):
+def test_a_flipped_bit_is_refused(script, tmp_path, refused):
     path = checkpoint(tmp_path / "checkpoint.pt")
     script.load_checkpoint(path)
     content = bytearray(path.read_bytes())
@@ -127,7 +119,7 @@ def test_a_flipped_bit_is_refused(script, tmp_path):
 
 
 @SCRIPTS
-def test_a_compressed_checkpoint_is_refused_unread(script, tmp_path):
+def test_a_compressed_checkpoint_is_refused_unread(script, tmp_path, refused):
     """A megabyte of it might be gigabytes of zeros."""
     path = checkpoint(tmp_path / "plain.pt")
     with (
@@ -179,7 +171,7 @@ def calls(tmp_path):
     return (tmp_path / "runs" / "pretrained" / "calls.txt").read_text().split()
 
 
-@SCRIPTS
+@FINETUNING
 def test_pretraining_is_done_once_for_all_runs_of_a_recipe(script, stand_in, tmp_path):
     stand_in(script)
     first = script.pretrained_on_random(script.Args(embed_dim=16))
@@ -188,7 +180,7 @@ def test_pretraining_is_done_once_for_all_runs_of_a_recipe(script, stand_in, tmp
     assert calls(tmp_path) == ["begin", "begin"]
 
 
-@SCRIPTS
+@FINETUNING
 def test_pretraining_that_was_broken_off_is_gone_on_with(script, stand_in, tmp_path):
     stand_in(script)
     args = script.Args(embed_dim=16)
@@ -199,7 +191,7 @@ def test_pretraining_that_was_broken_off_is_gone_on_with(script, stand_in, tmp_p
 
 
 @pytest.mark.skipif(os.name != "posix", reason="locks are POSIX's")
-@SCRIPTS
+@FINETUNING
 def test_where_its_parent_was_killed_the_next_run_waits_for_the_child_and_takes_what_it_made(
     script, stand_in, tmp_path
 ):
@@ -215,8 +207,8 @@ def test_where_its_parent_was_killed_the_next_run_waits_for_the_child_and_takes_
     assert script.load_checkpoint(target)["iteration"] == 900 and calls(tmp_path) == ["begin"]
 
 
-@SCRIPTS
-def test_pretraining_that_fails_is_one_line_and_leaves_no_folder(script, stand_in, tmp_path):
+@FINETUNING
+def test_pretraining_that_fails_is_one_line_and_leaves_no_folder(script, stand_in, tmp_path, refused):
     copy = stand_in(script)
     copy.with_name("pretrain_dt.py").write_text("raise SystemExit(1)")
     with refused("--pretrained"):

@@ -390,7 +390,8 @@ def test_commands_in_the_docs_use_flags_that_exist(page):
     fields = {script.name: args_fields(read(script)) for script in SCRIPTS}
     twins = {"pretrain": "pretrain_dt.py", "finetune": "grpo_dt_continuous.py"}  # whose words reinformer.py takes
     for script, words in commands(read(page)):
-        script = twins.get(words[0] if words else "", script) if script == "reinformer.py" else script
+        if script == "reinformer.py":
+            script = twins.get(words[0] if words else "", "grpo_dt_continuous.py")
         assert script in fields, f"no such script: {script}"
         assert unknown_flags(words, fields[script]) == [], f"{script} {' '.join(words)}"
 
