@@ -95,7 +95,7 @@ class Args:
     threads: int | None = None  # CPU threads of torch [None: torch's choice, or OMP_NUM_THREADS]
     cuda: bool = True  # run the network on a GPU if there is one
     bf16: bool = True  # bf16 matrix products where the hardware has units for it
-    run_dir: str | None = None  # folder of the run [None: runs/ENV__SCRIPT__KIND__SEED__TIME]
+    run_dir: str | None = None  # folder of the run [None: runs/ENV__SCRIPT__KIND__SEED__TIME-PID]
     resume: str | None = None  # folder of a run to go on with; flags given with it hold from there on
     eval_only: str | None = None  # evaluate the checkpoint in this folder, of any script here, and stop
     capture_video: bool = False  # film each evaluation's first episode into RUN_DIR/videos (needs moviepy)
@@ -214,6 +214,7 @@ class DecisionTransformer(nn.Module):
     kind = "dt"
 
     def __init__(self, obs_dim, act_dim, embed_dim=512, n_layers=4, n_heads=4, kind="dt", dropout=0.0):
+        """kind: not read, a checkpoint's sizes say it."""
         super().__init__()
         self.act_dim = act_dim
         self.dropout = dropout
@@ -288,7 +289,7 @@ class Steps(NamedTuple):
     real: np.ndarray  # (N, K - 1 + T) False: padding, or after the end
     u: np.ndarray  # (N, T, A) before tanh: the action is tanh(u)
     rewards: np.ndarray  # (N, T)
-    snapshots: np.ndarray  # (N, T, D) state of the simulator before each action, (N, 0, 0) if not asked for
+    snapshots: np.ndarray  # (N, T, D) states of GRPO-DT's simulators before each action, else (N, 0, 0)
     terminated: np.ndarray  # (N,) whether the task ended it, not a limit
     last_observation: np.ndarray  # (N, S) after the last step
 
@@ -353,7 +354,8 @@ def evaluate(policy, sims, args: Args, iteration: int, film_to: Path | None = No
     begun = time.perf_counter()
     seeds = np.random.default_rng([args.seed, iteration, 1]).integers(2**31, size=args.eval_episodes)
     n = len(seeds)
-    g, last = np.full(n, args.g_online), np.full(n, sims.limit)
+    g = np.full(n, args.g_online)
+    last = np.full(n, sims.limit)
     noise = np.zeros((n, 0, policy.act_dim), np.float32)
     steps = rollout(policy, sims, sims.reset(seeds), g, noise, last, context=args.c_online)
     if film_to:
@@ -444,13 +446,8 @@ class Learner:
         self.logged.append({name: value.detach() for name, value in values.items()})
 
     def metrics(self) -> dict[str, float]:
-        """Means over the updates since the last row, columns of metrics.csv; the only wait for the device."""
-        table = torch.stack([torch.stack([*values.values()]) for values in self.logged])  # (updates, values)
-        means = table.mean(0).tolist()
-        if not all(map(math.isfinite, means)):
-            die("the loss is not finite: start a new run with a lower --lr; the last checkpoint is kept.")
-        losses = {f"losses/{name}": mean for name, mean in zip(self.logged[0], means)}
-        return losses | {"charts/learning_rate": self.optimizer.param_groups[0]["lr"]}
+        """Means over the updates since the last row, columns of metrics.csv."""
+        return mean_losses(self.logged) | {"charts/learning_rate": self.optimizer.param_groups[0]["lr"]}
 
     def state(self) -> dict:
         """What, beside the weights, a resumed run needs."""
@@ -474,6 +471,8 @@ class Learner:
 def main(args: Args) -> Path:
     """Pretrain, or go on with a run; returns the run's folder."""
     check_args(args)
+    if args.embed_dim % args.n_heads:
+        die(f"--embed-dim {args.embed_dim} is not a multiple of --n-heads {args.n_heads}: change one of them.")
     choose_run_dir(args)  # an occupied one is refused before data are collected
     env_kwargs = maze_kwargs(args)
     env = make_env(args.env_id, env_kwargs)
@@ -657,9 +656,9 @@ def film(env: gym.Env, env_id: str, seed: int, actions: np.ndarray, folder: Path
         for action in actions:
             camera.step(scale_action(action, env.action_space))
         camera.close()
-    except Exception as error:  # moviepy missing, no GL library, no display: each raises its own
-        die(f"cannot film {env_id}: {error}. It needs moviepy (pip install moviepy) and a GL library (MUJOCO_GL=egl).")
-    print(f"film: {folder}", flush=True)
+        print(f"film: {folder}", flush=True)
+    except Exception as error:  # no GL library, no display: each raises its own; no reason to end a run
+        print(f"cannot film {env_id}: {error}. It needs a GL library (MUJOCO_GL=egl).", file=sys.stderr)
 
 
 class Environments:
@@ -689,7 +688,7 @@ class Environments:
         outcomes = [self.envs[i].step(action)[:4] for i, action in zip(rows, scale_action(actions, self.space))]
         observations, rewards, terminated, truncated = (np.array(each) for each in zip(*outcomes))
         if not (np.isfinite(rewards).all() and np.isfinite(observations).all()):
-            die("a reward or observation is not finite: start a new run with another --seed.")
+            die("a reward or observation is not finite: go on with --resume and another --seed.")
         self.seconds += time.perf_counter() - begun
         return observations, rewards, terminated, truncated
 
@@ -1026,8 +1025,6 @@ def start_or_resume(args: Args, data: Dataset, facts: dict) -> dict:
         if base["iteration"] > args.updates:
             die(f"{args.resume} is at update {base['iteration']}: give --updates {base['iteration']} or more.")
         return base
-    if args.embed_dim % args.n_heads:
-        die(f"--embed-dim {args.embed_dim} is not a multiple of --n-heads {args.n_heads}: change one of them.")
     torch.manual_seed(args.seed)
     model = DecisionTransformer(**facts["sizes"])
     std = data.observations.std(0, dtype=np.float64)
@@ -1035,6 +1032,21 @@ def start_or_resume(args: Args, data: Dataset, facts: dict) -> dict:
     model.obs_std.copy_(torch.from_numpy(np.where(std < 1e-3, 1.0, std + 1e-6)))  # departure (2)
     model.return_scale.fill_(1.0 if task_of(args.env_id) == "AntMaze" else 1e-3)  # ODT's
     return facts | {"weights": model.state_dict()}
+
+
+def mean_losses(logged: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Of an iteration's updates, columns losses/ of metrics.csv: means, the largest ratio, and the mean ratio before
+    the first step."""
+    table = torch.stack([torch.stack(list(values.values())) for values in logged])
+    table = table.cpu().numpy()  # (updates, values); the only wait for the device
+    if not np.isfinite(table).all():
+        die("the loss is not finite: go on from the last checkpoint with --resume and a lower learning rate.")
+    columns = dict(zip(logged[0], table.T))
+    losses = {f"losses/{name}": column.mean().item() for name, column in columns.items()}
+    if "ratio_mean" in columns:
+        losses["losses/ratio_max"] = columns["ratio_max"].max().item()
+        losses["losses/ratio_first"] = columns["ratio_mean"][0].item()
+    return losses
 
 
 class Log:
@@ -1045,15 +1057,21 @@ class Log:
         """total: iterations in all. rows: those of a run that goes on; all is written anew, so what came after its
         checkpoint is gone."""
         self.lock = claim(run_dir, args)
-        self.path, self.total, self.rows, self.shown = run_dir / "metrics.csv", total, rows, []
-        self.begun, self.first = time.time(), rows[-1]["iteration"] if rows else 0
+        self.path = run_dir / "metrics.csv"
+        self.total, self.rows, self.shown = total, rows, []
+        self.begun = time.time()
+        self.first = rows[-1]["iteration"] if rows else 0
         packages = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "minari")
         installed = {each.name: each.version for each in importlib.metadata.distributions()}
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+        device = set_up_torch(args)
+        precision = "bf16" if args.bf16 and has_bf16(device) else "fp32"
         facts = dict(script=Path(__file__).name, command=sys.argv, args=vars(args), commit=commit)
+        facts |= dict(device=device.type, precision=precision)
         facts["versions"] = {name: installed[name] for name in packages if name in installed}
         write_file(run_dir / "args.json", json.dumps(facts, indent=2).encode())
+        print(f"{run_dir}: {device.type}, {args.threads} threads, {precision}", flush=True)
         if args.track:
             import wandb
 
@@ -1136,8 +1154,10 @@ def choose_run_dir(args: Args) -> Path:
     run_dir = Path(args.resume or args.run_dir or f"runs/{re.sub('[/:]', '_', name)}")
     if args.resume:  # --resume RUN_DIR/checkpoint.pt will do
         return run_dir.parent if run_dir.is_file() else run_dir
-    foreign = any((run_dir / name).exists() for name in ("metrics.csv", "args.json"))
-    foreign = foreign and not (run_dir / ".lock").exists()  # a run that broke off before its first checkpoint has one
+    table = run_dir / "metrics.csv"
+    foreign = table.exists() or (run_dir / "args.json").exists()
+    if foreign and (run_dir / ".lock").exists():  # a run that broke off before its first checkpoint: at most two rows
+        foreign = table.exists() and table.read_bytes().count(b"\n") > 3
     if run_dir.is_file() or foreign or (run_dir / "checkpoint.pt").exists():
         die(f"{run_dir} holds a run or other files: go on with --resume {run_dir}, or choose another --run-dir.")
     return run_dir
@@ -1150,8 +1170,10 @@ def hold(file, wait: bool) -> bool:
 
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
+        except BlockingIOError:
             return False
+        except OSError:  # a file system without locks
+            return True
     return True
 
 
@@ -1174,12 +1196,14 @@ def eval_only(args: Args, players) -> None:
     film_to = (folder.parent if folder.is_file() else folder) / "videos" if args.capture_video else None
     with players(env, args.eval_episodes) as sims:
         row = evaluate(model, sims, args, content["iteration"], film_to)
-    shown = [f"{name[5:]} {value:,.1f}" for name, value in row.items() if name[:5] == "eval/" and value == value]
+    shown = [name for name in row if name.startswith("eval/") and not math.isnan(row[name])]
+    shown = [f"{name.removeprefix('eval/')} {row[name]:,.1f}" for name in shown]
     print(f"evaluation: {', '.join(shown)} ({args.eval_episodes} episodes, g = {args.g_online:,.0f})", flush=True)
 
 
+# Fields of all scripts here.
 MAY_BE_ZERO = ("seed", "l_eval", "delta_r", "beta", "weight_decay", "kappa_lr", "workers", "dropout", "gae_lambda")
-MAY_BE_ZERO += ("value_warmup", "critic_warmup", "target_noise")
+MAY_BE_ZERO += ("value_warmup", "critic_warmup", "target_noise", "target_noise_clip")
 UP_TO_ONE = ("gamma", "gae_lambda", "tau", "dropout")
 
 
@@ -1195,11 +1219,12 @@ def check_args(args: Args) -> None:
                 least = "" if name == "g_online" else ", 0 or more" if name in MAY_BE_ZERO else " above 0"
                 most = ", up to 1" if name in UP_TO_ONE else ""
                 die(f"{flag} is {value}: give a finite number{least}{most}.")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        die("--track needs wandb: pip install wandb.")
+    for flag, wanted, package in (("track", args.track, "wandb"), ("capture-video", args.capture_video, "moviepy")):
+        if wanted and importlib.util.find_spec(package) is None:
+            die(f"--{flag} needs {package}: pip install {package}.")
 
 
-# What the saved state hangs on: may not change when a run goes on.
+# Fields of all scripts here that the saved state hangs on: they may not change when a run goes on.
 FIXED = ("env_id", "pretrained", "dataset_kind", "embed_dim", "c_online", "l_traj", "kappa_initial", "run_dir")
 FIXED += ("hindsight", "full_trajectories", "mixed_groups", "ratio", "random_points", "n_layers", "n_heads")
 FIXED += ("value_dim", "value_norm", "critic_dim", "critic_norm", "reward_divisor")
@@ -1222,7 +1247,7 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     saved = Args(**{name: value for name, value in values.items() if name in vars(args)})
     if args.eval_only:
         own = dict(g_online=content["g_eval"], c_online=content["c_online"], threads=None)
-        saved = dataclasses.replace(saved, **own, capture_video=False, resume=None)
+        saved = dataclasses.replace(saved, **own, capture_video=False, track=False, resume=None)
     args = tyro.cli(Args, args=arguments, default=saved)
     names = FIXED if args.resume else ("env_id", "c_online", "embed_dim")
     for name in [name for name in names if name in vars(args)]:

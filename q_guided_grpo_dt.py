@@ -77,6 +77,7 @@ class Args:
 
     env_id: str = "Hopper-v5"  # an environment of gymnasium, gymnasium-robotics, or MODULE:ID of your own
     pretrained: str | None = None  # run folder of pretrain_dt.py --save-data [None: made from random data]
+    data: str | None = None  # run folder whose data.npz the critic learns from [None: that of --pretrained]
     dataset_kind: DatasetKind | None = None  # kind of data, picks the paper's row [None: the checkpoint's]
     embed_dim: int = 512  # E, width of the transformer that is made where --pretrained is left out
     iterations: int = 500  # T of Algorithm 1
@@ -125,7 +126,7 @@ class Args:
     threads: int | None = None  # CPU threads of torch [None: torch's choice, or OMP_NUM_THREADS]
     cuda: bool = True  # run the network on a GPU if there is one
     bf16: bool = True  # bf16 matrix products where the hardware has units for it
-    run_dir: str | None = None  # folder of the run [None: runs/ENV__SCRIPT__KIND__SEED__TIME]
+    run_dir: str | None = None  # folder of the run [None: runs/ENV__SCRIPT__KIND__SEED__TIME-PID]
     resume: str | None = None  # folder of a run to go on with; flags given with it hold from there on
     eval_only: str | None = None  # evaluate the checkpoint in this folder, of any script here, and stop
     capture_video: bool = False  # film each evaluation's first episode into RUN_DIR/videos (needs moviepy)
@@ -253,6 +254,7 @@ class DecisionTransformer(nn.Module):
     kind = "dt"
 
     def __init__(self, obs_dim, act_dim, embed_dim=512, n_layers=4, n_heads=4, kind="dt", dropout=0.0):
+        """kind: not read, a checkpoint's sizes say it."""
         super().__init__()
         self.act_dim = act_dim
         self.dropout = dropout
@@ -353,7 +355,7 @@ class Steps(NamedTuple):
     real: np.ndarray  # (N, K - 1 + T) False: padding, or after the end
     u: np.ndarray  # (N, T, A) before tanh: the action is tanh(u)
     rewards: np.ndarray  # (N, T)
-    snapshots: np.ndarray  # (N, T, D) state of the simulator before each action, (N, 0, 0) if not asked for
+    snapshots: np.ndarray  # (N, T, D) states of GRPO-DT's simulators before each action, else (N, 0, 0)
     terminated: np.ndarray  # (N,) whether the task ended it, not a limit
     last_observation: np.ndarray  # (N, S) after the last step
 
@@ -435,7 +437,8 @@ def collect(policy, sims, n: int, args: Args, rng: np.random.Generator, snapshot
     """Line 2: n full trajectories side by side, with sampled actions, from g_online."""
     observations = sims.reset(rng.integers(2**31, size=n))
     noise = draw_noise(rng, n, sims.limit, policy.act_dim)
-    g, last = np.full(n, args.g_online), np.full(n, sims.limit)
+    g = np.full(n, args.g_online)
+    last = np.full(n, sims.limit)
     steps = rollout(policy, sims, observations, g, noise, last, context=args.c_online, snapshots=snapshots)
     trajectories = []
     for i, length in enumerate(steps.real.sum(1)):
@@ -451,7 +454,8 @@ def evaluate(policy, sims, args: Args, iteration: int, film_to: Path | None = No
     begun = time.perf_counter()
     seeds = np.random.default_rng([args.seed, iteration, 1]).integers(2**31, size=args.eval_episodes)
     n = len(seeds)
-    g, last = np.full(n, args.g_online), np.full(n, sims.limit)
+    g = np.full(n, args.g_online)
+    last = np.full(n, sims.limit)
     noise = np.zeros((n, 0, policy.act_dim), np.float32)
     steps = rollout(policy, sims, sims.reset(seeds), g, noise, last, context=args.c_online)
     if film_to:
@@ -701,7 +705,7 @@ class QGuidedLearner:
                 polyak(self.target_critic, self.critic, args.tau)
                 polyak(self.target_policy, self.model, args.tau)
             logged.append({name: value.detach() for name, value in values.items()})
-            if update % 500 == 0:  # in the warm-up, which takes long
+            if update % 500 == 0 and self.critic_updates <= args.critic_warmup:  # which takes long
                 shown = "  ".join(f"{name} {value.item():,.4g}" for name, value in logged[-1].items())
                 left = (updates - update) * (time.perf_counter() - begun) / update / 60
                 print(f"critic {update:,}/{updates:,}  {shown}  {left:.0f} min left", flush=True)
@@ -800,6 +804,7 @@ def main(args: Args) -> Path:
         if not rows:  # the pretrained policy, before any update
             log.add({"iteration": 0} | evaluate(model, sims, args, 0, film_to))
             learner.train_critic(np.random.default_rng([args.seed, 0]), args.critic_warmup)
+            log.begun = time.time()  # the warm-up says nothing of the time that is left
             save()
         while iteration < args.iterations:
             iteration += 1
@@ -971,9 +976,9 @@ def film(env: gym.Env, env_id: str, seed: int, actions: np.ndarray, folder: Path
         for action in actions:
             camera.step(scale_action(action, env.action_space))
         camera.close()
-    except Exception as error:  # moviepy missing, no GL library, no display: each raises its own
-        die(f"cannot film {env_id}: {error}. It needs moviepy (pip install moviepy) and a GL library (MUJOCO_GL=egl).")
-    print(f"film: {folder}", flush=True)
+        print(f"film: {folder}", flush=True)
+    except Exception as error:  # no GL library, no display: each raises its own; no reason to end a run
+        print(f"cannot film {env_id}: {error}. It needs a GL library (MUJOCO_GL=egl).", file=sys.stderr)
 
 
 class Environments:
@@ -1003,7 +1008,7 @@ class Environments:
         outcomes = [self.envs[i].step(action)[:4] for i, action in zip(rows, scale_action(actions, self.space))]
         observations, rewards, terminated, truncated = (np.array(each) for each in zip(*outcomes))
         if not (np.isfinite(rewards).all() and np.isfinite(observations).all()):
-            die("a reward or observation is not finite: start a new run with another --seed.")
+            die("a reward or observation is not finite: go on with --resume and another --seed.")
         self.seconds += time.perf_counter() - begun
         return observations, rewards, terminated, truncated
 
@@ -1054,9 +1059,9 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def read_data(base: dict, args: Args) -> tuple[Transitions, int]:
-    """The data that --pretrained learned from, which its run folder holds, and a fingerprint. Exits with a line if they
+    """The data that --pretrained learned from, which its run folder or --data holds, and a fingerprint. Exits with a line if they
     are missing, or not those of `base`, the checkpoint to begin with or to go on from."""
-    folder = Path(args.pretrained)
+    folder = Path(args.data or args.pretrained)
     folder = folder.parent if folder.is_file() else folder
     path = folder / "data.npz"
     if not path.is_file():
@@ -1129,12 +1134,12 @@ def candidate_metrics(scores: np.ndarray, keep: np.ndarray, args: Args) -> dict[
 
 
 def mean_losses(logged: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Of an iteration's updates, columns losses/ of metrics.csv: means, the largest ratio, and the first mean ratio,
-    which is 1."""
+    """Of an iteration's updates, columns losses/ of metrics.csv: means, the largest ratio, and the mean ratio before
+    the first step."""
     table = torch.stack([torch.stack(list(values.values())) for values in logged])
     table = table.cpu().numpy()  # (updates, values); the only wait for the device
     if not np.isfinite(table).all():
-        die("the loss is not finite: start a new run with a lower learning rate; the last checkpoint is kept.")
+        die("the loss is not finite: go on from the last checkpoint with --resume and a lower learning rate.")
     columns = dict(zip(logged[0], table.T))
     losses = {f"losses/{name}": column.mean().item() for name, column in columns.items()}
     if "ratio_mean" in columns:
@@ -1169,15 +1174,21 @@ class Log:
         """total: iterations in all. rows: those of a run that goes on; all is written anew, so what came after its
         checkpoint is gone."""
         self.lock = claim(run_dir, args)
-        self.path, self.total, self.rows, self.shown = run_dir / "metrics.csv", total, rows, []
-        self.begun, self.first = time.time(), rows[-1]["iteration"] if rows else 0
+        self.path = run_dir / "metrics.csv"
+        self.total, self.rows, self.shown = total, rows, []
+        self.begun = time.time()
+        self.first = rows[-1]["iteration"] if rows else 0
         packages = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "minari")
         installed = {each.name: each.version for each in importlib.metadata.distributions()}
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+        device = set_up_torch(args)
+        precision = "bf16" if args.bf16 and has_bf16(device) else "fp32"
         facts = dict(script=Path(__file__).name, command=sys.argv, args=vars(args), commit=commit)
+        facts |= dict(device=device.type, precision=precision)
         facts["versions"] = {name: installed[name] for name in packages if name in installed}
         write_file(run_dir / "args.json", json.dumps(facts, indent=2).encode())
+        print(f"{run_dir}: {device.type}, {args.threads} threads, {precision}", flush=True)
         if args.track:
             import wandb
 
@@ -1260,8 +1271,10 @@ def choose_run_dir(args: Args) -> Path:
     run_dir = Path(args.resume or args.run_dir or f"runs/{re.sub('[/:]', '_', name)}")
     if args.resume:  # --resume RUN_DIR/checkpoint.pt will do
         return run_dir.parent if run_dir.is_file() else run_dir
-    foreign = any((run_dir / name).exists() for name in ("metrics.csv", "args.json"))
-    foreign = foreign and not (run_dir / ".lock").exists()  # a run that broke off before its first checkpoint has one
+    table = run_dir / "metrics.csv"
+    foreign = table.exists() or (run_dir / "args.json").exists()
+    if foreign and (run_dir / ".lock").exists():  # a run that broke off before its first checkpoint: at most two rows
+        foreign = table.exists() and table.read_bytes().count(b"\n") > 3
     if run_dir.is_file() or foreign or (run_dir / "checkpoint.pt").exists():
         die(f"{run_dir} holds a run or other files: go on with --resume {run_dir}, or choose another --run-dir.")
     return run_dir
@@ -1274,8 +1287,10 @@ def hold(file, wait: bool) -> bool:
 
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
+        except BlockingIOError:
             return False
+        except OSError:  # a file system without locks
+            return True
     return True
 
 
@@ -1309,7 +1324,7 @@ def pretrained_on_random(args: Args) -> Path:
             return target
         print(f"no --pretrained given: pretraining on random data in {target}", flush=True)
         flags = dict(env_id=args.env_id, embed_dim=args.embed_dim, c_offline=context, c_online=context, seed=args.seed)
-        flags = dict(resume=target) if begun else recipe | flags | dict(run_dir=target)
+        flags = dict(env_id=args.env_id, resume=target) if begun else recipe | flags | dict(run_dir=target)
         flags |= {"threads": args.threads} if args.threads else {}
         command = [sys.executable, str(Path(__file__).with_name("pretrain_dt.py")), "--save-data"]
         command += ["--cuda" if args.cuda else "--no-cuda", "--bf16" if args.bf16 else "--no-bf16"]
@@ -1348,12 +1363,14 @@ def eval_only(args: Args, players) -> None:
     film_to = (folder.parent if folder.is_file() else folder) / "videos" if args.capture_video else None
     with players(env, args.eval_episodes) as sims:
         row = evaluate(model, sims, args, content["iteration"], film_to)
-    shown = [f"{name[5:]} {value:,.1f}" for name, value in row.items() if name[:5] == "eval/" and value == value]
+    shown = [name for name in row if name.startswith("eval/") and not math.isnan(row[name])]
+    shown = [f"{name.removeprefix('eval/')} {row[name]:,.1f}" for name in shown]
     print(f"evaluation: {', '.join(shown)} ({args.eval_episodes} episodes, g = {args.g_online:,.0f})", flush=True)
 
 
+# Fields of all scripts here.
 MAY_BE_ZERO = ("seed", "l_eval", "delta_r", "beta", "weight_decay", "kappa_lr", "workers", "dropout", "gae_lambda")
-MAY_BE_ZERO += ("value_warmup", "critic_warmup", "target_noise")
+MAY_BE_ZERO += ("value_warmup", "critic_warmup", "target_noise", "target_noise_clip")
 UP_TO_ONE = ("gamma", "gae_lambda", "tau", "dropout")
 
 
@@ -1369,11 +1386,12 @@ def check_args(args: Args) -> None:
                 least = "" if name == "g_online" else ", 0 or more" if name in MAY_BE_ZERO else " above 0"
                 most = ", up to 1" if name in UP_TO_ONE else ""
                 die(f"{flag} is {value}: give a finite number{least}{most}.")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        die("--track needs wandb: pip install wandb.")
+    for flag, wanted, package in (("track", args.track, "wandb"), ("capture-video", args.capture_video, "moviepy")):
+        if wanted and importlib.util.find_spec(package) is None:
+            die(f"--{flag} needs {package}: pip install {package}.")
 
 
-# What the saved state hangs on: may not change when a run goes on.
+# Fields of all scripts here that the saved state hangs on: they may not change when a run goes on.
 FIXED = ("env_id", "pretrained", "dataset_kind", "embed_dim", "c_online", "l_traj", "kappa_initial", "run_dir")
 FIXED += ("hindsight", "full_trajectories", "mixed_groups", "ratio", "random_points", "n_layers", "n_heads")
 FIXED += ("value_dim", "value_norm", "critic_dim", "critic_norm", "reward_divisor")
@@ -1396,7 +1414,7 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     saved = Args(**{name: value for name, value in values.items() if name in vars(args)})
     if args.eval_only:
         own = dict(g_online=content["g_eval"], c_online=content["c_online"], threads=None)
-        saved = dataclasses.replace(saved, **own, capture_video=False, resume=None)
+        saved = dataclasses.replace(saved, **own, capture_video=False, track=False, resume=None)
     args = tyro.cli(Args, args=arguments, default=saved)
     names = FIXED if args.resume else ("env_id", "c_online", "embed_dim")
     for name in [name for name in names if name in vars(args)]:

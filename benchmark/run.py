@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 LENGTH = ("--iterations", "--updates")  # a resumed run may get a larger one
-FREE = ("--device", "--cuda", "--no-cuda", "--track")  # a resumed run may get another one
+FREE = ("--cuda", "--no-cuda", "--track")  # a resumed run may get another one
 
 # --quick: these flags instead of a line's own, so that a line takes seconds. L_traj and L_eval stay the line's.
 QUICK = {
@@ -100,8 +100,10 @@ class Run:
         return Path(self.flags["--pretrained"][0]) if "--pretrained" in self.flags else None
 
     def command(self, resume: bool = False) -> list[str]:
-        """To begin it; to go on, --resume and what may change, since its other flags are in its checkpoint."""
-        flags = {flag: values for flag, values in self.flags.items() if flag in LENGTH + FREE} if resume else self.flags
+        """To begin it; to go on, --resume and what may change, since its other flags are in its checkpoint; and
+        --env-id, without which no module that a checkpoint names is imported."""
+        wanted = ("--env-id", *LENGTH, *FREE) if resume else self.flags
+        flags = {flag: values for flag, values in self.flags.items() if flag in wanted}
         return self.program + (["--resume", str(self.folder)] if resume else []) + words_of(flags)
 
 

@@ -120,7 +120,7 @@ def test_a_line_becomes_a_run_per_seed():
         "python s.py --lr 2 --pretrained runs/p__3 --on --seed 3 --run-dir runs/n__3"
     )
     assert runs[0].command(resume=True) == ["python", "s.py", "--resume", "runs/n__3"]
-    words = ["--iterations", "5", "--device", "cpu", "--no-cuda", "--track"]  # the length, and where it runs
+    words = ["--env-id", "my_tasks:A-v0", "--iterations", "5", "--no-cuda", "--track"]
     (mine,) = run.runs_of(f"n python s.py --lr 1 {' '.join(words)}", ["3"], "runs", False)
     assert mine.command(resume=True)[4:] == words
 

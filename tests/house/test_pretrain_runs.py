@@ -367,6 +367,7 @@ def table(run_dir):
     return {
         name: [(int(row["iteration"]), pytest.approx(float(row[name]), rel=1e-6)) for row in rows if row[name]]
         for name in rows[0]
+        if name != "iteration"
     }
 
 

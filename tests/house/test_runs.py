@@ -4,6 +4,7 @@ given, and what is refused. At the end what only one of them has."""
 import contextlib
 import csv
 import functools
+import importlib.util
 import json
 import math
 import re
@@ -225,7 +226,14 @@ def test_a_line_on_the_console_shows_values_of_the_row_and_the_time_left(script)
     assert line.split()[:5] == ["3/20", "1,234", "1.00", "-2.50", "1:01"]
 
 
-def test_a_film_shows_the_first_episode_of_an_evaluation(script, split, monkeypatch):
+@pytest.fixture
+def moviepy(monkeypatch):
+    """As if it were installed."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "moviepy" or real(name, *rest))
+
+
+def test_a_film_shows_the_first_episode_of_an_evaluation(script, split, moviepy, monkeypatch):
     seen = []
 
     class Camera(gym.Wrapper):
@@ -249,13 +257,22 @@ def test_a_film_shows_the_first_episode_of_an_evaluation(script, split, monkeypa
     assert seen == pytest.approx([float(row["eval/return_mean"]) for row in rows])
 
 
-def test_a_film_that_cannot_be_made_is_one_line(split, monkeypatch, refused):
+def test_a_film_that_cannot_be_made_is_one_line_and_the_run_goes_on(split, moviepy, monkeypatch, capsys):
     def fails(*given, **named):
         raise gym.error.DependencyNotInstalled("no camera")
 
     monkeypatch.setattr(gym.wrappers, "RecordVideo", fails)
-    with refused("Hopper-v5", "moviepy"):
+    run_dir = split(1, capture_video=True)
+    (line, *_) = capsys.readouterr().err.splitlines()
+    assert "Hopper-v5" in line and "no camera" in line
+    assert load(run_dir)["iteration"] == 1
+
+
+def test_filming_without_moviepy_is_refused_before_anything_is_written(script, split, monkeypatch, refused, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+    with refused("--capture-video", "moviepy"):
         split(1, capture_video=True)
+    assert not (tmp_path / "split").exists()
 
 
 # ---- Same run, resumed run ------------------------------------------------------------------------------------------
@@ -504,6 +521,15 @@ def test_a_folder_that_holds_a_run_is_refused(script, whole, pretrained, pretrai
         with refused(str(whole), "--resume"):
             script.main(toy_args(script, pretrained=start, run_dir=str(whole)))
     assert before == content_of(whole) and not pretraining
+
+
+def test_the_rows_of_a_run_whose_checkpoint_was_deleted_are_not_overwritten(script, split, refused, tmp_path):
+    run_dir = split(3)
+    (run_dir / "checkpoint.pt").unlink()
+    before = content_of(run_dir)
+    with refused(str(run_dir)):
+        split(1)
+    assert before == content_of(run_dir)
 
 
 def test_a_folder_is_one_runs_alone_while_that_is_at_work(script, split, resume, pretrained, refused, tmp_path):
