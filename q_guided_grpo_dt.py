@@ -1059,8 +1059,8 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def read_data(base: dict, args: Args) -> tuple[Transitions, int]:
-    """The data that --pretrained learned from, which its run folder or --data holds, and a fingerprint. Exits with a line if they
-    are missing, or not those of `base`, the checkpoint to begin with or to go on from."""
+    """The data that --pretrained learned from, which its run folder or --data holds, and a fingerprint. Exits with a
+    line if they are missing, or not those of `base`, the checkpoint to begin with or to go on from."""
     folder = Path(args.data or args.pretrained)
     folder = folder.parent if folder.is_file() else folder
     path = folder / "data.npz"
