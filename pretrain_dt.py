@@ -76,7 +76,7 @@ class Args:
     n_heads: int = 4  # attention heads per block
     dropout: float = 0.1  # dropout in embeddings, attention and blocks, while pretraining only [probability]
     c_offline: int | None = None  # context length in training [steps]
-    c_online: int | None = None  # context length [steps]
+    c_online: int | None = None  # context length of evaluations, and of finetuning from here [steps]
 
     # Update
     updates: int | None = None  # gradient updates in total
@@ -89,7 +89,7 @@ class Args:
     kappa_lr: float = 1e-4  # Adam's learning rate on log kappa
 
     # The run
-    g_online: float | None = None  # initial return-to-go of rollouts and evaluations [raw reward units]
+    g_online: float | None = None  # initial return-to-go of evaluations [raw reward units]
     eval_episodes: int = 10  # episodes of an evaluation
     log_every: int = 100  # updates between rows of metrics.csv, each with a checkpoint
     threads: int | None = None  # CPU threads of torch [None: torch's choice, or OMP_NUM_THREADS]

@@ -625,8 +625,15 @@ def script(folder, *command, **files):
         (folder / f"{name}.py").write_text(text)
     env = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=folder, env=env, stdout=out, stderr=err, start_new_session=True
+            [sys.executable, *command],
+            cwd=folder,
+            env=env,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+            preexec_fn=heed,
         )
     try:
         yield process
