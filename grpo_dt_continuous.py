@@ -409,7 +409,7 @@ def collect(policy, sims, n: int, args: Args, rng: np.random.Generator, snapshot
     steps = rollout(policy, sims, observations, g, noise, last, context=args.c_online, snapshots=snapshots)
     trajectories = []
     for i, length in enumerate(steps.real.sum(1)):
-        ends = [args.c_online - 1 + length] * 4 + [length] * 3
+        ends = [args.c_online - 1 + length] * 4 + [length] * 3  # three fields have no padding
         fields = [field[i, :end].copy() for field, end in zip(steps, ends)]
         trajectories.append(Trajectory(*fields, np.array(steps.terminated[i]), steps.last_observation[i].copy()))
     return trajectories
