@@ -1436,3 +1436,21 @@ if __name__ == "__main__":
         raise SystemExit("stopped: a run goes on from its last checkpoint with --resume RUN_DIR") from None
     except OSError as error:
         die(f"{error}: what was written before is kept; once that is mended, go on with --resume RUN_DIR.")
+
+# What `uv run q_guided_grpo_dt.py` installs: requirements.txt.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "numpy==2.4.6",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.14.0",
+#     "gymnasium-robotics==1.4.2",
+#     "minari[hdf5,hf]==0.5.4",
+#     "h5py==3.16.0",
+#     "Pillow==13.0.0",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "matplotlib==3.11.2",
+# ]
+# ///

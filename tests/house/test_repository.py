@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tokenize
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ NAMES = ["grpo_dt_continuous", "ppo_dt_continuous", "q_guided_grpo_dt", "pretrai
 SCRIPTS = [ROOT / f"{name}.py" for name in NAMES]
 SCRIPT_NAMES = "*_dt*.py"  # what git tracks at the top beside ALLOWED
 ALLOWED = ("benchmark", "docs", "tests", "requirements.txt", "pyproject.toml", "README.md", "LICENSE", "CITATION.cff")
+ALLOWED += ("CHANGELOG.md", "CONTRIBUTING.md")
 
 OWN = {"Args", "main", "ROWS", "COLUMNS"}  # every script has its own
 # Parts of fields of the same name that may differ between scripts, each with its reason.
@@ -404,6 +406,15 @@ def test_the_docs_of_a_script_show_commands_and_flags_that_exist(script):
     fields = {name: field for other in SCRIPTS for name, field in args_fields(read(other)).items()}
     flags = re.findall(r"`(--[a-z][\w-]*)[^`]*`", docs_page(script))
     assert flags and unknown_flags(flags, fields) == []
+
+
+@each_script
+def test_uv_run_installs_what_requirements_say(script):
+    block = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", read(script), re.M).group(1)
+    header = tomllib.loads(re.sub("^# ?", "", block, flags=re.M))
+    required = [line for line in read(ROOT / "requirements.txt").splitlines() if line and not line.startswith("#")]
+    assert header["dependencies"] == required
+    assert header["requires-python"] == ">=3.11"
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
