@@ -236,7 +236,7 @@ def pretraining_that_differs(folder: Path, method: str, task: str, kind: str, ar
             ours = json.loads((place / "args.json").read_text())["args"].get("c_offline")
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue
-        return "" if ours is None or paper in (None, ours) else f"pretrained at c_offline {ours} ({paper:g})"
+        return "" if ours is None or paper in (None, ours) else f"pretrained at c_offline {ours!r} ({paper:g})"
     return "pretraining unknown"
 
 
@@ -297,11 +297,7 @@ def read_run(folder: Path) -> Run | str:
         if identity is None:
             return f"{folder.name}: its name does not tell the method, nor does an args.json"
         if Path(content.get("command", [""])[0]).stem == "reinformer" and not identity[3]:
-            identity = (
-                *identity[:3],
-                "reinformer",
-                identity[4],
-            )  # its script and the scripts' own names do not tell it
+            identity = (*identity[:3], "reinformer", identity[4])  # the script that it calls does not tell it
         "".join(identity).encode()  # an error if one is no text
         differs = (settings_that_differ(*identity[:3], args), pretraining_that_differs(folder, *identity[:3], args))
         goal = args.get("iterations") or args.get("updates")
@@ -313,7 +309,7 @@ def read_run(folder: Path) -> Run | str:
         points = points_of(rows, column)
     except Exception as error:  # what is damaged may raise anything
         return f"{folder.name}: {file} is damaged: {' '.join(str(error).split())[:200]}"
-    scores = [row["eval/normalized_score"] for row in rows if row.get("eval/normalized_score") and row["iteration"]]
+    scores = [row["eval/normalized_score"] for row in rows if "eval/normalized_score" in row and row["iteration"]]
     times = [row["time/iteration"] for row in rows if "time/iteration" in row]
     run = Run(
         folder,
@@ -335,10 +331,11 @@ def read_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
     notes = [each for each in read if isinstance(each, str)]
     found = [each for each in read if isinstance(each, Run)]
     same = Counter((run.key, run.seed) for run in found)
+    crowded = {key for (key, _), count in same.items() if count > 1}
     runs: dict[tuple, Run] = {}
     for run in found:
         name = run.folder.name
-        if same[run.key, run.seed] > 1 and parse_name(name) is None:
+        if run.key in crowded and parse_name(name) is None:
             run = replace(run, variant=re.sub(rf"[-_]*(s|seed)?[-_]*{re.escape(run.seed)}$", "", name) or name)
         other = runs.get((run.key, run.seed))
         if other:
@@ -633,7 +630,11 @@ def report(runs: list[Run], notes: list[str]) -> tuple[str, list[Summary]]:
     others = [summarise(found) for key, found in sorted(groups.items()) if key not in shown]
     known, outside = ([found for found in others if found.raw == raw] for raw in (False, True))
     page += ["## Other runs", "", *labelled_table(known)] if known else []
-    page += ["## Other tasks", "", "Returns; score: D4RL's.", "", *labelled_table(outside, raw=True)] if outside else []
+    page += (
+        ["## Other tasks", "", "Returns. Score: D4RL's, where there is one.", "", *labelled_table(outside, raw=True)]
+        if outside
+        else []
+    )
     page += ["## Missing", "", *(f"- {line}" for line in missing(groups, tables, runs) or ["nothing"]), ""]
     page += ["## Left out", "", *(f"- {note}" for note in notes), ""] if notes else []
     return "\n".join(page), summaries + others
@@ -706,7 +707,7 @@ def draw(axes, curve: Curve, axis: str, label: str, colour, dashes: str) -> None
 def draw_panel(axes, title: str, curves: list[Curve], axis: str, colours: dict[str, str]) -> None:
     """The curves of one dataset, in its method's colour each, and dashed the paper's final values of these methods."""
     from matplotlib.colors import to_rgb
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     used = Counter()  # method -> its curves so far
     for curve, label in zip(curves, labels(curves)):
@@ -725,7 +726,9 @@ def draw_panel(axes, title: str, curves: list[Curve], axis: str, colours: dict[s
     axes.set_title(title)
     axes.set_xlabel(AXES[axis])
     axes.set_ylabel("normalised score" if curves[0].task in TABLE_TASKS else "return")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if axis != "minutes":  # whole numbers: 20, 500k, 2M
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
 
 
