@@ -666,6 +666,8 @@ STYLES = [(0.0, "-"), (-0.5, "-"), (0.4, "-"), (0.0, ":"), (-0.5, ":"), (0.4, ":
 MOST = 8  # groups in a panel
 # 8 points at the size of a column; letters as text in a PDF (many venues want it); "$" in a name is no formula.
 STYLE = {"font.size": 8, "axes.titlesize": 9, "lines.linewidth": 1.3, "pdf.fonttype": 42, "text.parse_math": False}
+STYLE |= {"legend.fontsize": 7.5, "legend.handlelength": 1.7, "legend.frameon": False}
+STYLE |= {"figure.constrained_layout.h_pad": 0.1}  # inches, between a legend and the next title
 
 
 def mean_curve(runs: list[Run], axis: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -727,7 +729,7 @@ def draw_panel(axes, title: str, curves: list[Curve], axis: str, colours: dict[s
     axes.set_xlabel(AXES[axis])
     axes.set_ylabel("normalised score" if curves[0].task in TABLE_TASKS else "return")
     if axis != "minutes":  # whole numbers: 20, 500k, 2M
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
 
