@@ -449,9 +449,13 @@ def group_runs(runs: list[Run]) -> dict[tuple, list[Run]]:
 
 
 def pick(groups: dict[tuple, list[Run]], method: str, task: str, kind: str, variant: str = "") -> list[Run]:
-    """The group that stands for this cell: the paper's settings if there is one, else that with most seeds."""
-    found = [runs for key, runs in groups.items() if key[:4] == (method, task, kind, variant)]
-    return max(found, key=lambda runs: (runs[0].differs == "", len(runs), runs[0].iteration), default=[])
+    """The group that stands for this cell: the paper's settings if there is one, else no ablation, then most seeds."""
+
+    def rank(runs: list[Run]) -> tuple:
+        ablated = any(part in ABLATIONS for part in runs[0].differs.split(", "))
+        return runs[0].differs == "", not ablated, len(runs), runs[0].iteration
+
+    return max((runs for key, runs in groups.items() if key[:4] == (method, task, kind, variant)), key=rank, default=[])
 
 
 class Cell(NamedTuple):
@@ -485,6 +489,7 @@ def table1(groups: dict[tuple, list[Run]], method: str) -> list[Cell]:
 
 
 def method_name(method: str) -> str:
+    """As the paper has it; of another script the name of its file."""
     return METHODS.get(method, method)
 
 
@@ -681,6 +686,7 @@ def mean_curve(runs: list[Run], axis: str) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def has(runs: list[Run], axis: str) -> bool:
+    """Whether all points of all runs have a value on this axis."""
     return bool(runs) and not any(math.isnan(getattr(point, axis)) for run in runs for point in run.points)
 
 
@@ -837,5 +843,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ImportError) as error:  # --out can't be written, or no matplotlib
-        raise SystemExit(f"error: {error}.") from None
+    except OSError as error:
+        raise SystemExit(f"error: {error}: give another --out.") from None
+    except ImportError as error:
+        raise SystemExit(f"error: {error}: install requirements.txt, or take --no-curves.") from None

@@ -300,6 +300,13 @@ def test_runs_of_different_settings_are_not_averaged_and_the_papers_stand_in_the
     assert other[3] == "90.00 ± 0.00 (of 1)" and other[-1] == "lr 0.0001 (5e-05)"
 
 
+def test_an_ablation_does_not_stand_in_the_table_where_the_method_has_a_run(tmp_path):
+    for name, score, changes in (("a", 5.0, dict(hindsight=True)), ("b", 10.0, {})):
+        args = hopper(lr=1e-4, seed=1) | changes
+        make_run(tmp_path, name, [0.0, score], args, command=["grpo_dt_continuous.py"])
+    assert rows_under(page_of(tmp_path)[0], "Table 1")[0][-1].startswith("10.00\\*")
+
+
 def test_ablations_under_the_scripts_own_names_are_no_seeds_of_the_method(tmp_path):
     changed = [{}, {"token_ratio": True}, {"hindsight": True, "group_size": 2}, {"ratio": "token"}]
     for seed, changes in enumerate(changed, start=1):
