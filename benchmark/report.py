@@ -2,12 +2,14 @@
 
     python benchmark/report.py runs [FOLDER ...] [--out runs/report]
 
-takes run folders, and folders that hold run folders, and writes report.md, report.csv and curves (PNG) into --out.
-It needs no network and no account, works on runs that are not finished, and says what is missing.
+takes run folders, and folders that hold run folders, and writes report.md, report.csv and curves (PNG and PDF) into
+--out. It needs no network and no account, works on runs that are not finished, and says what is missing. A damaged
+run is a line under "Left out".
 
-A run's method, task, kind of data, variant and seed are read from its args.json and from its folder's name
-(SCRIPT__TASK-KIND__VARIANT__SEED, or the scripts' own ENV__SCRIPT__KIND__SEED__TIME); without args.json its settings
-count as unknown. Runs whose settings differ from the paper's in different ways are never averaged.
+A run's method, task, kind of data and seed are read from its args.json; what that lacks, and the variant, from the
+folder's name if it is SCRIPT__TASK-KIND__VARIANT__SEED or the scripts' own ENV__SCRIPT__KIND__SEED__TIME. Without
+args.json its settings count as unknown. Runs whose settings differ from the paper's in different ways are never
+averaged. Any other name may stand for a change of code: it becomes the variant where settings and seed are the same.
 """
 
 import argparse
@@ -15,8 +17,9 @@ import csv
 import itertools
 import json
 import math
+import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +32,8 @@ SEEDS = 3  # of the paper
 RESAMPLES = 10_000
 
 METHODS = {"pretrain_dt": "DT", "ppo_dt": "PPO-DT", "grpo_dt": "GRPO-DT", "q_guided_grpo_dt": "Q-guided GRPO-DT"}
+# A field that no other method's args.json has: what a copied script was made from.
+FIELDS = {"critic_dim": "q_guided_grpo_dt", "value_dim": "ppo_dt", "l_traj": "grpo_dt", "c_offline": "pretrain_dt"}
 COLUMNS = {"pretrain_dt": "dt", "ppo_dt": "ppo_dt", "grpo_dt": "grpo_dt"}  # of table1.csv
 BASELINES = {"iql": "IQL", "odt": "ODT", "odt_td3": "ODT+TD3"}  # columns of Table 1 that are not ours
 
@@ -36,6 +41,7 @@ BASELINES = {"iql": "IQL", "odt": "ODT", "odt_td3": "ODT+TD3"}  # columns of Tab
 TASKS = {"Ho": "Hopper", "Wa": "Walker2d", "An": "Ant", "D": "Door", "P": "Pen", "H": "Hammer"}
 KINDS = {"R": "random", "MR": "medium-replay", "M": "medium", "C": "cloned", "H": "human"}
 MAZES = {"U": ("AntMaze", "umaze"), "UD": ("AntMaze", "diverse")}
+TABLE_TASKS = [*TASKS.values(), "AntMaze"]
 OTHER_KINDS = ["expert", "umaze", "diverse"]
 
 # What a figure compares: (task, kind) and the variants beside the method of Table 1. Names as in benchmark/*.sh.
@@ -63,7 +69,7 @@ RATIOS = {"token": "token_ratio", "geometric": "geometric_mean"}
 
 INTRODUCTION = f"""# Our numbers beside the paper's
 
-Normalised scores: 0 = random, 100 = expert.
+Normalised scores: 0 = random, 100 = expert. Of tasks that are not in the paper's Table 1: returns.
 
 - **last**: mean ± standard deviation over seeds (n - 1, so none for one seed) of a run's score, the mean of its last
   {LAST} evaluations after updates, or of fewer where that is said; pretraining has one. In an average: the mean over
@@ -76,7 +82,7 @@ Normalised scores: 0 = random, 100 = expert.
   machine the run had: the median over iterations and seeds.
 - **differs in**: settings of a run that are not those of the paper's Tables 5 to 7 and Appendix B.1, ours (paper's),
   ODT's rate of the entropy dual, and the context of its pretraining; unknown: the run folder has no args.json. The
-  number of iterations is not in the paper.
+  number of iterations is not in the paper. Other tasks are held against Hopper's row, which the scripts take there.
 """
 TABLE_1 = f"""Ours / the paper's; IQL, ODT and ODT+TD3: the paper's.
 \\*: fewer than {SEEDS} seeds, not finished, or settings that differ from the paper's or are unknown."""
@@ -102,8 +108,11 @@ def paper_settings(method: str, task: str, kind: str) -> dict[str, float]:
     """What Tables 5, 6 and 7 and Appendix B.1 say of a method on a dataset, under the names in args.json; the critic of
     Q-guided GRPO-DT: TD3's and ODT+TD3's settings, which it follows."""
     name = {"ppo_dt": "table7.csv"}.get(method, "table6.csv")
-    row = next((row for row in read_csv(PAPER / name) if (task, kind) in dataset_keys(row["environments"])), {})
-    values = {SETTINGS.get(key, key): float(value) for key, value in row.items() if key != "environments"}
+    rows = {key: row for row in read_csv(PAPER / name) for key in dataset_keys(row["environments"])}
+    keys = [(task, each) for each in (kind, "medium", "cloned", "umaze")]  # outside the table: as the scripts do
+    key = next((key for key in keys if key in rows), ("Hopper", "medium"))
+    own = {"environments", *([] if key[0] == task else ["g_online"])}
+    values = {SETTINGS.get(name, name): float(value) for name, value in rows[key].items() if name not in own}
     if method == "pretrain_dt":  # g_online and all after it belong to finetuning
         values = {key: values[key] for key in ("c_offline", "c_online") if key in values}
     if method == "ppo_dt":  # the caption of Table 7
@@ -123,8 +132,9 @@ class Point(NamedTuple):
     """An evaluation."""
 
     iteration: int
-    env_steps: float
-    score: float  # D4RL's, 0 = random, 100 = expert
+    env_steps: float  # NaN where they are not written
+    minutes: float  # wall time of the iterations up to here, NaN where it is not written
+    score: float  # D4RL's, 0 = random, 100 = expert; of tasks that are not in Table 1 the return
 
 
 @dataclass
@@ -138,6 +148,7 @@ class Run:
     variant: str
     seed: str
     points: list[Point]  # in the order of iterations
+    normalised: float  # D4RL's score, mean of the last evaluations; NaN for tasks without
     goal: int | None  # iterations asked for
     iteration: int  # iterations made
     seconds: float  # wall time of an iteration (pretraining: an update), median over rows; NaN if not written
@@ -168,38 +179,46 @@ def split_kind(text: str) -> tuple[str, str]:
 def task_name(text: str) -> str:
     """As in TASKS, or AntMaze: "hopper" and "Hopper-v5" -> "Hopper", "AdroitHandDoor-v1" -> "Door"; others stay."""
     short = text.split("/")[-1].removeprefix("AdroitHand").lower()
-    known = [*TASKS.values(), "AntMaze"]
-    return next((name for name in known if short.replace("_", "-").split("-")[0] == name.lower()), text)
+    return next((name for name in TABLE_TASKS if short.replace("_", "-").split("-")[0] == name.lower()), text)
 
 
-def identify(name: str, args: dict) -> tuple[str, str, str, str, str] | None:
-    """(method, task, kind, variant, seed) of a run folder's name and its arguments; None if they do not tell."""
+def parse_name(name: str) -> tuple[str, str, str, str, str] | None:
+    """(method, task, kind, variant, seed) of a folder's name as benchmark/*.sh or the scripts give it, else None."""
     parts = name.split("__")
     if len(parts) >= 3 and parts[0] in METHODS:
         method, (task, _, rest), *variant, seed = parts[0], parts[1].partition("-"), *parts[2:]
         kind, more = split_kind(rest)
-        variant = "__".join(part for part in [more, *variant] if part)
-    elif len(parts) == 5 and parts[1].removesuffix("_continuous") in METHODS:
-        task, method, kind, seed = parts[0], parts[1].removesuffix("_continuous"), parts[2], parts[3]
-        variant = ""
-    else:
-        return None
+        return method, task, kind, "__".join(part for part in [more, *variant] if part not in ("", "paper")), seed
+    if len(parts) == 5 and parts[1].removesuffix("_continuous") in METHODS:
+        return parts[1].removesuffix("_continuous"), parts[0], parts[2], "", parts[3]
+    return None
+
+
+def identify(name: str, args: dict, script: str = "") -> tuple[str, str, str, str, str] | None:
+    """(method, task, kind, variant, seed) of a run: what its args.json says, else its folder's name; None if neither
+    does. A script that is not one of ours is a method of its own."""
+    method, task, kind, variant, seed = parse_name(name) or ("", "", "", "", "")
+    method = Path(script).stem.removesuffix("_continuous") or method
     task, kind, seed = args.get("env_id", task), args.get("dataset_kind") or kind, str(args.get("seed", seed))
-    return method, task_name(task), kind, "" if variant == "paper" else variant, seed
+    return (method, task_name(task), kind, variant, seed) if method and task else None
 
 
 def settings_that_differ(method: str, task: str, kind: str, args: dict) -> str:
     """The arguments that are not as in the paper, "embed_dim 128 (512), lr 0.0001 (5e-05)"; "unknown" without any."""
     if not args:
         return "unknown"
-    if args.get("ratio") in RATIOS:
+    if method not in METHODS:
+        method = next((made_from for field, made_from in FIELDS.items() if field in args), method)
+    if str(args.get("ratio")) in RATIOS:
         args = args | {RATIOS[args["ratio"]]: True}
-    values = ((name, args.get(name), value) for name, value in paper_settings(method, task, kind).items())
-    return ", ".join(
-        name if name in ABLATIONS else f"{name} {ours:g} ({paper:g})"
-        for name, ours, paper in values
-        if isinstance(ours, int | float) and not math.isclose(ours, paper)
-    )
+    parts = []
+    for name, paper in paper_settings(method, task, kind).items():
+        ours = args.get(name)
+        number = isinstance(ours, int | float)
+        if ours is not None and not (number and math.isclose(ours, paper)):
+            said = f"{ours:g}" if number else f"{ours!r}"
+            parts.append(name if name in ABLATIONS else f"{name} {said} ({paper:g})")
+    return ", ".join(parts)
 
 
 def pretraining_that_differs(folder: Path, method: str, task: str, kind: str, args: dict) -> str:
@@ -215,47 +234,109 @@ def pretraining_that_differs(folder: Path, method: str, task: str, kind: str, ar
     for place in (start, folder.parent / start.name):
         try:
             ours = json.loads((place / "args.json").read_text())["args"].get("c_offline")
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue
-        return "" if ours is None or paper in (None, ours) else f"pretrained at c_offline {ours} ({paper:g})"
+        return "" if ours is None or paper in (None, ours) else f"pretrained at c_offline {ours!r} ({paper:g})"
     return "pretraining unknown"
+
+
+def read_args(folder: Path) -> dict:
+    """args.json, {"args": {}} where there is none. ValueError: it has no arguments."""
+    path = folder / "args.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"args": {}}
+    if not (isinstance(content, dict) and isinstance(content.get("args"), dict)):
+        raise ValueError('it has no "args"')
+    return content
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of metrics.csv up to its last whole line, without empty cells and columns that are not used here.
+    ValueError: what is wrong with it."""
+    text = path.read_text(encoding="utf-8-sig")
+    header, *lines = [*csv.reader(text[: text.rfind("\n") + 1].splitlines())] or [[]]
+    rows = []
+    for number, cells in enumerate(lines, 2):
+        if len(cells) != len(header):
+            raise ValueError(f"line {number} has {len(cells)} cells, not {len(header)}")
+        values = {name: cell for name, cell in zip(header, cells) if cell and name in NUMBERS}
+        rows.append({name: float(cell) for name, cell in values.items()})
+        if not all(abs(value) < 1e15 for value in rows[-1].values()):
+            raise ValueError(f"line {number} has values that are not finite")
+    iterations = [0, *(row.get("iteration", math.nan) for row in rows)]
+    if not all(before <= now and now % 1 == 0 for before, now in itertools.pairwise(iterations)):
+        raise ValueError("its iterations do not count up")
+    return rows
+
+
+NUMBERS = ("iteration", "charts/env_steps", "eval/return_mean", "eval/normalized_score", "time/iteration")
+
+
+def points_of(rows: list[dict[str, float]], column: str) -> list[Point]:
+    """The evaluations: `column` where a row has it."""
+    points, minutes, before = [], 0.0, 0.0
+    for row in rows:
+        iteration = row["iteration"]
+        if iteration > before:
+            minutes += row.get("time/iteration", math.nan) * (iteration - before) / 60  # pretraining: s / update
+        before = iteration
+        steps = row.get("charts/env_steps", math.nan if iteration else 0.0)
+        if column in row:
+            points.append(Point(int(iteration), steps, minutes, row[column]))
+    if any(now.env_steps < then.env_steps or now.minutes < then.minutes for then, now in itertools.pairwise(points)):
+        raise ValueError("environment steps or times go down")
+    return points
 
 
 def read_run(folder: Path) -> Run | str:
     """The run in a folder, or a line that says why there is none."""
+    file = "args.json"
     try:
-        content = json.loads((folder / "args.json").read_text())
-        args, program = content["args"], Path(content.get("command", [""])[0]).stem
-    except (OSError, ValueError, KeyError):
-        args, program = {}, ""
-    identity = identify(folder.name, args)
-    if identity is None:
-        return f"{folder.name}: its name does not tell the method"
-    if program == "reinformer" and not identity[3]:  # the scripts' own names do not tell it
-        identity = (*identity[:3], program, identity[4])
-    rows = [row for row in read_csv(folder / "metrics.csv") if row.get("iteration")]
-    points = [
-        Point(int(row["iteration"]), float(row.get("charts/env_steps") or 0), float(row["eval/normalized_score"]))
-        for row in rows
-        if row.get("eval/normalized_score")
-    ]
-    differs = (settings_that_differ(*identity[:3], args), pretraining_that_differs(folder, *identity[:3], args))
-    differs, goal = ", ".join(filter(None, differs)), args.get("iterations") or args.get("updates")
-    times = [float(row["time/iteration"]) for row in rows if row.get("time/iteration")]
-    made, seconds = max((int(row["iteration"]) for row in rows), default=0), statistics.median(times or [math.nan])
-    run = Run(folder, *identity, points, goal, made, seconds, differs)
-    return run if run.scores else f"{folder.name}: no evaluation after an update yet, or a task without scores"
+        content = read_args(folder)
+        args = content["args"]
+        identity = identify(folder.name, args, content.get("script", ""))
+        if identity is None:
+            return f"{folder.name}: its name does not tell the method, nor does an args.json"
+        if Path(content.get("command", [""])[0]).stem == "reinformer" and not identity[3]:
+            identity = (*identity[:3], "reinformer", identity[4])  # the script that it calls does not tell it
+        "".join(identity).encode()  # an error if one is no text
+        differs = (settings_that_differ(*identity[:3], args), pretraining_that_differs(folder, *identity[:3], args))
+        goal = args.get("iterations") or args.get("updates")
+        if not isinstance(goal, int | None):
+            raise ValueError(f"the number of iterations is {goal!r}")
+        file = "metrics.csv"
+        rows = read_metrics(folder / file)
+        column = "eval/normalized_score" if identity[1] in TABLE_TASKS else "eval/return_mean"
+        points = points_of(rows, column)
+    except Exception as error:  # what is damaged may raise anything
+        return f"{folder.name}: {file} is damaged: {' '.join(str(error).split())[:200]}"
+    scores = [row["eval/normalized_score"] for row in rows if "eval/normalized_score" in row and row["iteration"]]
+    times = [row["time/iteration"] for row in rows if "time/iteration" in row]
+    run = Run(
+        folder,
+        *identity,
+        points,
+        normalised=statistics.fmean(scores[-LAST:] or [math.nan]),
+        goal=goal,
+        iteration=int(rows[-1]["iteration"]) if rows else 0,
+        seconds=statistics.median(times or [math.nan]),
+        differs=", ".join(filter(None, differs)),
+    )
+    return run if run.scores else f"{folder.name}: no evaluation after an update yet ({column} of metrics.csv)"
 
 
 def read_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
     """The runs in folders and in the folders in them, one per seed and group; and lines about those left out."""
     paths = sorted({path.parent for folder in folders for at in ("", "*/") for path in folder.glob(f"{at}metrics.csv")})
-    runs, notes = {}, []
-    for path in paths:
-        run = read_run(path)
-        if isinstance(run, str):
-            notes.append(run)
-            continue
+    read = [read_run(path) for path in paths]
+    notes = [each for each in read if isinstance(each, str)]
+    found = [each for each in read if isinstance(each, Run)]
+    same = Counter((run.key, run.seed) for run in found)
+    crowded = {key for (key, _), count in same.items() if count > 1}
+    runs: dict[tuple, Run] = {}
+    for run in found:
+        name = run.folder.name
+        if run.key in crowded and parse_name(name) is None:
+            run = replace(run, variant=re.sub(rf"[-_]*(s|seed)?[-_]*{re.escape(run.seed)}$", "", name) or name)
         other = runs.get((run.key, run.seed))
         if other:
             run, worse = (run, other) if run.iteration > other.iteration else (other, run)
@@ -301,6 +382,8 @@ class Summary:
     seconds: float
     differs: str
     evaluations: int  # of the seed or dataset that has fewest, at most LAST: what "last" is the mean of
+    raw: bool = False  # returns, of a task that is not in Table 1
+    normalised: float = math.nan  # D4RL's score of such a task, if it has one
     paper: float = math.nan
     paper_std: float = math.nan
 
@@ -327,6 +410,8 @@ def summarise(runs: list[Run], data: str = "") -> Summary:
         statistics.median(run.seconds for run in runs),
         first.differs,
         min(len(run.scores[-LAST:]) for run in runs),
+        raw=first.task not in TABLE_TASKS,
+        normalised=statistics.fmean(run.normalised for run in runs),
     )
 
 
@@ -348,7 +433,7 @@ def summarise_block(groups: list[list[Run]], cells: list[Summary], name: str) ->
         math.nan,
         "; ".join(sorted({cell.differs for cell in cells if cell.differs})),
         min(cell.evaluations for cell in cells),
-        statistics.fmean(cell.paper for cell in cells),
+        paper=statistics.fmean(cell.paper for cell in cells),
     )
 
 
@@ -364,9 +449,13 @@ def group_runs(runs: list[Run]) -> dict[tuple, list[Run]]:
 
 
 def pick(groups: dict[tuple, list[Run]], method: str, task: str, kind: str, variant: str = "") -> list[Run]:
-    """The group that stands for this cell: the paper's settings if there is one, else that with most seeds."""
-    found = [runs for key, runs in groups.items() if key[:4] == (method, task, kind, variant)]
-    return max(found, key=lambda runs: (runs[0].differs == "", len(runs), runs[0].iteration), default=[])
+    """The group that stands for this cell: the paper's settings if there is one, else no ablation, then most seeds."""
+
+    def rank(runs: list[Run]) -> tuple:
+        ablated = any(part in ABLATIONS for part in runs[0].differs.split(", "))
+        return runs[0].differs == "", not ablated, len(runs), runs[0].iteration
+
+    return max((runs for key, runs in groups.items() if key[:4] == (method, task, kind, variant)), key=rank, default=[])
 
 
 class Cell(NamedTuple):
@@ -399,6 +488,11 @@ def table1(groups: dict[tuple, list[Run]], method: str) -> list[Cell]:
     return cells
 
 
+def method_name(method: str) -> str:
+    """As the paper has it; of another script the name of its file."""
+    return METHODS.get(method, method)
+
+
 def number(value: float, sign: str = "") -> str:
     """Two decimals, with sign="+" also a plus; a dash for NaN."""
     return "-" if math.isnan(value) else f"{value:{sign}.2f}"
@@ -409,7 +503,8 @@ def plus_minus(mean: float, std: float) -> str:
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)] + [""]
+    lines = [[" ".join(cell.replace("|", " ").split()) for cell in cells] for cells in (header, *rows)]
+    return ["| " + " | ".join(cells) + " |" for cells in (lines[0], ["---"] * len(header), *lines[1:])] + [""]
 
 
 DETAILS = ["last", "best", "IQM [95 %]", "seeds", "iterations", "s / iteration"]
@@ -457,9 +552,14 @@ def method_table(table: list[Cell]) -> list[str]:
     return markdown_table(["", "dataset", *DETAILS, "paper", "difference", "differs in"], rows)
 
 
-def labelled_table(summaries: list[Summary]) -> list[str]:
-    rows = [[METHODS[s.method], s.data, s.variant or "-", *details(s), s.differs or "-"] for s in summaries]
-    return markdown_table(["method", "data", "variant", *DETAILS, "differs in"], rows)
+def labelled_table(summaries: list[Summary], raw: bool = False) -> list[str]:
+    """`raw`: of returns, with D4RL's score in a column of its own."""
+    rows = []
+    for s in summaries:
+        score = [number(s.normalised)] if raw else []
+        rows.append([method_name(s.method), s.data, s.variant or "-", *details(s), *score, s.differs or "-"])
+    score = ["score"] if raw else []
+    return markdown_table(["method", "data", "variant", *DETAILS, *score, "differs in"], rows)
 
 
 class Curve(NamedTuple):
@@ -473,7 +573,7 @@ class Curve(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{METHODS[self.method]} {self.task}-{self.kind} {self.variant}".strip()
+        return f"{method_name(self.method)} {self.task}-{self.kind} {self.variant}".strip()
 
 
 def figure_curves(groups: dict[tuple, list[Run]], figure: str) -> list[Curve]:
@@ -533,7 +633,13 @@ def report(runs: list[Run], notes: list[str]) -> tuple[str, list[Summary]]:
         summaries += [summarise(found) for found in new]
         shown |= {found[0].key for found in new}
     others = [summarise(found) for key, found in sorted(groups.items()) if key not in shown]
-    page += ["## Other runs", "", *labelled_table(others)] if others else []
+    known, outside = ([found for found in others if found.raw == raw] for raw in (False, True))
+    page += ["## Other runs", "", *labelled_table(known)] if known else []
+    page += (
+        ["## Other tasks", "", "Returns. Score: D4RL's, where there is one.", "", *labelled_table(outside, raw=True)]
+        if outside
+        else []
+    )
     page += ["## Missing", "", *(f"- {line}" for line in missing(groups, tables, runs) or ["nothing"]), ""]
     page += ["## Left out", "", *(f"- {note}" for note in notes), ""] if notes else []
     return "\n".join(page), summaries + others
@@ -546,9 +652,10 @@ def write_csv(path: Path, summaries: list[Summary]) -> None:
         row = dict(method=s.method, data=s.data, variant=s.variant, mean=s.mean, std=s.std, best=s.best, iqm=s.iqm)
         row |= dict(iqm_low=s.interval[0], iqm_high=s.interval[1], seeds=s.seeds, iterations=s.iterations)
         row |= dict(seconds_per_iteration=s.seconds, paper=s.paper, paper_std=s.paper_std, difference=s.mean - s.paper)
+        row["unit"] = "return" if s.raw else "score"
         cells = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in row.items()}
         rows.append({name: "" if value == "nan" else value for name, value in cells.items()} | {"differs": s.differs})
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="replace") as file:
         table = csv.DictWriter(file, rows[0] if rows else ["method"], lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
@@ -556,45 +663,81 @@ def write_csv(path: Path, summaries: list[Summary]) -> None:
 
 # Curves
 
-
-def mean_curve(runs: list[Run]) -> tuple[list[int], list[float], list[float]]:
-    """Iterations at which all runs were evaluated, mean environment steps and mean score there."""
-    tables = [{point.iteration: point for point in run.points} for run in runs]
-    common = sorted(set.intersection(*(set(table) for table in tables)))
-    steps = [statistics.fmean(table[iteration].env_steps for table in tables) for iteration in common]
-    return common, steps, [statistics.fmean(table[iteration].score for table in tables) for iteration in common]
-
-
-def draw(axes, runs: list[Run], label: str, colour: str, by_steps: bool, paper: float) -> None:
-    """A thin line per seed, a thick one for their mean, a dashed one at the paper's final value unless that is NaN."""
-    for run in runs:
-        x = [point.env_steps if by_steps else point.iteration for point in run.points]
-        axes.plot(x, [point.score for point in run.points], color=colour, alpha=0.35, linewidth=0.8)
-    iterations, steps, scores = mean_curve(runs)
-    seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-    axes.plot(steps if by_steps else iterations, scores, color=colour, linewidth=1.8, label=f"{label}, {seeds}")
-    if not math.isnan(paper):
-        final = f"{METHODS[runs[0].method]}, the paper's final value"
-        axes.axhline(paper, color=colour, linestyle="--", linewidth=1.0, label=final)
+AXES = {"iteration": "iterations", "env_steps": "environment steps", "minutes": "minutes"}  # fields of Point
+ENDINGS = {"iteration": "", "env_steps": "_steps", "minutes": "_minutes"}  # of a picture's name
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # also for the colour-blind (Okabe, Ito)
+# Variants of a method in one panel: towards white (> 0) or black (< 0), and the dashes.
+STYLES = [(0.0, "-"), (-0.5, "-"), (0.4, "-"), (0.0, ":"), (-0.5, ":"), (0.4, ":"), (0.0, "-."), (-0.5, "-.")]
+MOST = 8  # groups in a panel
+# 8 points at the size of a column; letters as text in a PDF (many venues want it); "$" in a name is no formula.
+STYLE = {"font.size": 8, "axes.titlesize": 9, "lines.linewidth": 1.3, "pdf.fonttype": 42, "text.parse_math": False}
+STYLE |= {"legend.fontsize": 7.5, "legend.handlelength": 1.7, "legend.frameon": False}
+STYLE |= {"figure.constrained_layout.h_pad": 0.1}  # inches, between a legend and the next title
 
 
-def draw_panel(axes, title: str, curves: list[Curve], by_steps: bool, named: bool = False) -> None:
-    """The curves of one dataset, each beside the paper's final value where Table 1 has one. `named`: all curves are
-    labelled with their method, and a variant, which Table 1 does not have, also brings its method's value."""
-    drawn = set()  # methods whose final value is there
-    for index, curve in enumerate(curves):
-        if curve.runs:
-            new = curve.method not in drawn and (named or not curve.variant)
-            paper = paper_value(curve.method, curve.task, curve.kind) if new else math.nan
-            drawn |= {curve.method} if new else set()
-            full = f"{METHODS[curve.method]} {curve.variant}".strip()
-            draw(axes, curve.runs, full if named else curve.variant or full, f"C{index}", by_steps, paper)
-    axes.set_title(title if any(curve.runs for curve in curves) else f"{title}: no run", fontsize=10)
-    axes.set_xlabel("environment steps" if by_steps else "iterations", fontsize=9)
-    axes.set_ylabel("normalised score", fontsize=9)
+def mean_curve(runs: list[Run], axis: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Along a field of Point: where a seed was evaluated and all have got to, mean and standard deviation over seeds
+    (n - 1; 0 for one) of the straight lines between their evaluations."""
+    lines = [np.array([(getattr(point, axis), point.score) for point in run.points]) for run in runs]
+    x = np.unique(np.concatenate([line[:, 0] for line in lines]))
+    x = x[(x >= max(line[0, 0] for line in lines)) & (x <= min(line[-1, 0] for line in lines))]
+    values = np.stack([np.interp(x, line[:, 0], line[:, 1]) for line in lines])
+    return x, values.mean(0), values.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(x))
+
+
+def has(runs: list[Run], axis: str) -> bool:
+    """Whether all points of all runs have a value on this axis."""
+    return bool(runs) and not any(math.isnan(getattr(point, axis)) for run in runs for point in run.points)
+
+
+def labels(curves: list[Curve]) -> list[str]:
+    """Method, variant and seeds; where two are the same, also the settings that not all of them have."""
+    names = [f"{method_name(curve.method)} {curve.variant}".strip() for curve in curves]
+    settings = [curve.runs[0].differs.split(", ") for curve in curves]
+    texts = []
+    for curve, name, mine in zip(curves, names, settings):
+        alike = [each for other, each in zip(names, settings) if other == name]
+        own = [part for part in mine if part and not all(part in each for each in alike)]
+        own = [re.sub(r" \([^)]*\)$", "", part) for part in own]  # without the paper's value
+        seeds = f"{len(curve.runs)} seed{'s' if len(curve.runs) > 1 else ''}"
+        texts.append(f"{', '.join([name, *own])} ({seeds})")
+    return texts
+
+
+def draw(axes, curve: Curve, axis: str, label: str, colour, dashes: str) -> None:
+    """The mean over seeds, and a band of one standard deviation about it."""
+    x, mean, std = mean_curve(curve.runs, axis)
+    axes.plot(x, mean, dashes, color=colour, label=label)
+    if std.any():
+        axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+
+
+def draw_panel(axes, title: str, curves: list[Curve], axis: str, colours: dict[str, str]) -> None:
+    """The curves of one dataset, in its method's colour each, and dashed the paper's final values of these methods."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    used = Counter()  # method -> its curves so far
+    for curve, label in zip(curves, labels(curves)):
+        tint, dashes = STYLES[used[curve.method]]
+        colour = np.array(to_rgb(colours[curve.method]))
+        colour = colour + (1 - colour) * tint if tint > 0 else colour * (1 + tint)
+        used[curve.method] += 1
+        if has(curve.runs, axis):
+            draw(axes, curve, axis, label, colour, dashes)
+    finals = {method: paper_value(method, curves[0].task, curves[0].kind) for method in used}
+    finals = {method: final for method, final in finals.items() if not math.isnan(final)}
+    for method, final in finals.items():
+        axes.axhline(final, color=colours[method], linestyle="--", linewidth=0.9)
+    if finals:
+        axes.plot([], [], "--", color="grey", linewidth=0.9, label="the paper's final value")
+    axes.set_title(title)
+    axes.set_xlabel(AXES[axis])
+    axes.set_ylabel("normalised score" if curves[0].task in TABLE_TASKS else "return")
+    if axis != "minutes":  # whole numbers: 20, 500k, 2M
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22))  # below: curves fill the panel
 
 
 def paper_value(method: str, task: str, kind: str) -> float:
@@ -603,69 +746,85 @@ def paper_value(method: str, task: str, kind: str) -> float:
     return next((float(row[method]) for row in rows if method in row), math.nan)
 
 
-def new_panels(rows: int, columns: int, height: float = 3.6):
-    """A figure with rows × columns of panels of this height [inches], and these as an array."""
+def save(figure, path: Path) -> None:
+    """As PNG and as PDF; path: without the ending."""
+    for ending in ("png", "pdf"):
+        figure.savefig(f"{path}.{ending}", dpi=200, bbox_inches="tight")
+
+
+def write_picture(path: Path, panels: list[tuple[str, list[Curve], str]], colours: dict[str, str]) -> None:
+    """Panels (title, curves, axis), three in a row, those without a curve left out; one legend below all if it is the
+    same for all, else one below each."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure  # drawn without pyplot, so without a display
 
-    figure = Figure(figsize=(4.2 * columns, height * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    panels = [(title, [curve for curve in curves if curve.runs], axis) for title, curves, axis in panels]
+    panels = [panel for panel in panels if any(has(curve.runs, panel[2]) for curve in panel[1])]
+    if not panels:
+        return
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    one = all(labels(curves) == labels(panels[0][1]) for _, curves, _ in panels)
+    lines = 1 + max(len(curves) for _, curves, _ in panels)  # of a legend
+    height = rows * 2.5 + 0.16 * (lines / 2 if one else lines * rows)  # inches
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.2 * columns, height), layout="constrained")
+        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        for axes, (title, curves, axis) in zip(grid, panels):
+            draw_panel(axes, title, curves, axis, colours)
+            if not one:
+                axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24))
+        if one:
+            figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(2, len(panels)))
+        save(figure, path)
 
 
-def save(figure, path: Path) -> None:
-    figure.savefig(path, dpi=100)
+def curves_of(groups: dict[tuple, list[Run]], task: str, kind: str) -> tuple[str, list[Curve]]:
+    """Title and curves of all groups on a dataset; of more than MOST those of the methods themselves, then those with
+    most seeds and iterations."""
+    found = [runs for key, runs in groups.items() if key[1:3] == (task, kind) and key[0] != "pretrain_dt"]
+    found.sort(key=lambda runs: (runs[0].variant != "", -len(runs), -runs[0].iteration))
+    chosen = sorted(found[:MOST], key=lambda runs: runs[0].key)
+    title = f"{task} {kind}" + (f" ({MOST} of {len(found)} groups)" if len(found) > MOST else "")
+    return title, [Curve(task, kind, runs[0].method, runs[0].variant, runs) for runs in chosen]
 
 
 def write_curves(groups: dict[tuple, list[Run]], out: Path) -> None:
-    """A PNG for each dataset and each figure that has runs, by iterations and by environment steps; and figure_3.png
-    and figure_3_steps.png: all datasets, in Table 1's order, a row per block; and overview.png: the datasets that have
-    runs, each with all its groups."""
-    rows = [row for row in read_csv(PAPER / "table1.csv") if row["dataset"] != "Average"]
-    blocks = {
-        block: [row["dataset"] for row in rows if row["block"] == block] for block in (row["block"] for row in rows)
-    }
-    panels = {}  # dataset -> its curves
-    for name in (row["dataset"] for row in rows):
-        ((task, kind),) = dataset_keys(name)
-        panels[name] = [Curve(task, kind, m, "", pick(groups, m, task, kind)) for m in ("grpo_dt", "ppo_dt")]
-    drawn = {name: [(name, curves)] for name, curves in panels.items() if any(curve.runs for curve in curves)}
-    for figure in FIGURES:
+    """For each dataset and each ablation that has runs a picture against iterations, environment steps and minutes;
+    figure_3: GRPO-DT and PPO-DT on all datasets of Table 1; overview: all datasets with all groups."""
+    ours = ["grpo_dt", "ppo_dt", "q_guided_grpo_dt"]
+    methods = [*ours, *sorted({key[0] for key in groups} - METHODS.keys())]
+    colours = {method: COLOURS[index % len(COLOURS)] for index, method in enumerate(methods)}
+    names = {key: row["dataset"] for row in read_csv(PAPER / "table1.csv") for key in dataset_keys(row["dataset"])}
+    names |= {key: "-".join(key) for key in sorted({key[1:3] for key in groups} - names.keys())}
+    overview, figure_3 = [], []
+    for (task, kind), name in names.items():
+        title, curves = curves_of(groups, task, kind)
+        picture = [(title, curves, axis) for axis in AXES]
+        write_picture(out / re.sub(r"[^\w.-]", "_", name)[:80], picture, colours)
+        overview.append((title, curves))
+        if task in TABLE_TASKS:
+            both = [Curve(task, kind, method, "", pick(groups, method, task, kind)) for method in ours[:2]]
+            figure_3.append((f"{task} {kind}", both))
+    for axis, ending in ENDINGS.items():
+        write_picture(out / f"overview{ending}", [(*panel, axis) for panel in overview], colours)
+        write_picture(out / f"figure_3{ending}", [(*panel, axis) for panel in figure_3], colours)
+    for figure, parts in FIGURES.items():
         curves = figure_curves(groups, figure)
         if begun(curves):
-            tasks = [part[:2] for part in FIGURES[figure]]
-            drawn[f"figure_{figure}"] = [(f"{'-'.join(t)}", [c for c in curves if c[:2] == t]) for t in tasks]
-    for name, lines in drawn.items():
-        figure, axes = new_panels(len(lines), 2)
-        for line, (title, curves) in enumerate(lines):
-            draw_panel(axes[line, 0], title, curves, by_steps=False)
-            draw_panel(axes[line, 1], title, curves, by_steps=True)
-        save(figure, out / f"{name}.png")
-    for by_steps in (False, True) if drawn else ():
-        figure, axes = new_panels(len(blocks), max(len(names) for names in blocks.values()))
-        for line, names in enumerate(blocks.values()):
-            for column, cell in enumerate(axes[line]):
-                if column < len(names):
-                    draw_panel(cell, names[column], panels[names[column]], by_steps)
-                else:
-                    cell.set_axis_off()
-        save(figure, out / f"figure_3{'_steps' if by_steps else ''}.png")
-    found = {}  # dataset -> its groups of finetuning runs
-    for name, ((task, kind),) in ((row["dataset"], dataset_keys(row["dataset"])) for row in rows):
-        mine = [runs for key, runs in sorted(groups.items()) if key[1:3] == (task, kind) and key[0] != "pretrain_dt"]
-        found |= {name: [Curve(task, kind, runs[0].method, runs[0].variant, runs) for runs in mine]} if mine else {}
-    if found:
-        columns = math.ceil(math.sqrt(len(found)))
-        height = 3 + 0.3 * max(len(curves) for curves in found.values())  # room for the legend
-        figure, axes = new_panels(math.ceil(len(found) / columns), columns, height)
-        for cell, (name, curves) in itertools.zip_longest(axes.flat, found.items(), fillvalue=(None, None)):
-            draw_panel(cell, name, curves, by_steps=False, named=True) if name else cell.set_axis_off()
-        save(figure, out / "overview.png")
+            panels = [
+                (f"{task} {kind}", [curve for curve in curves if curve[:2] == (task, kind)]) for task, kind, _ in parts
+            ]
+            write_picture(out / f"figure_{figure}", [(*panel, axis) for panel in panels for axis in AXES], colours)
 
 
 def main() -> None:
     described = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser = argparse.ArgumentParser(**described)
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")], help="run folders, or folders of them")
-    parser.add_argument("--out", type=Path, default=Path("runs/report"), help="where report.md, .csv and .png go")
+    parser.add_argument("--out", type=Path, default=Path("runs/report"), help="where report.md, .csv and pictures go")
     parser.add_argument("--no-curves", action="store_true", help="tables only, needs no matplotlib")
     args = parser.parse_args()
     absent = [str(folder) for folder in args.folders if not folder.is_dir()]
@@ -674,7 +833,7 @@ def main() -> None:
     runs, notes = read_runs(args.folders)
     page, summaries = report(runs, notes)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "report.md").write_text(page, encoding="utf-8")
+    (args.out / "report.md").write_text(page, encoding="utf-8", errors="replace")
     write_csv(args.out / "report.csv", summaries)
     if not args.no_curves:
         write_curves(group_runs(runs), args.out)
@@ -682,4 +841,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        raise SystemExit(f"error: {error}: give another --out.") from None
+    except ImportError as error:
+        raise SystemExit(f"error: {error}: install requirements.txt, or take --no-curves.") from None

@@ -12,12 +12,13 @@ in the folder runs/NAME__SEED: it puts the seed in the place of {seed} and adds 
 A run whose --pretrained is the folder of another run waits for it. Runs of the lines in --needs are made only where
 another run waits for them. Each run's console goes to log.txt in its folder; the launcher shows one line for all and
 ends with exit code 1 and the list of those that failed. Ctrl-C stops everything; the same command goes on: finished
-runs are skipped, broken ones resumed. A folder that was begun with other flags is refused, not mixed.
+runs are skipped, broken ones resumed. A folder that was begun with other flags is refused, not mixed. Whatever befalls
+a run or its files, a full disk or a damaged checkpoint, that run fails with a line and the others go on.
 """
 
 import argparse
+import contextlib
 import csv
-import fcntl
 import json
 import os
 import pickletools
@@ -31,6 +32,11 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TextIO
+
+try:
+    import fcntl
+except ImportError:
+    raise SystemExit("error: benchmark/run.py needs Linux or macOS (on Windows: WSL).") from None
 
 LENGTH = ("--iterations", "--updates")  # a resumed run may get a larger one
 FREE = ("--cuda", "--no-cuda", "--track")  # a resumed run may get another one
@@ -56,7 +62,21 @@ def die(message: str) -> NoReturn:
     raise SystemExit(f"error: {message}")
 
 
+def say(text: str, end: str = "\n", file: TextIO | None = None) -> None:
+    """Print at once. A console that takes nothing (a full disk, a closed pipe) ends no run."""
+    with contextlib.suppress(OSError, UnicodeError):
+        print(text, end=end, file=file, flush=True)
+
+
 # Lines and runs
+
+
+def words_in(text: str, where: str) -> list[str]:
+    """As a shell splits it."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        die(f"{where}: {str(error).lower()}.")
 
 
 def flags_of(words: list[str]) -> dict[str, list[str]]:
@@ -97,7 +117,8 @@ class Run:
     @property
     def needs(self) -> Path | None:
         """The folder of the checkpoint that it begins with."""
-        return Path(self.flags["--pretrained"][0]) if "--pretrained" in self.flags else None
+        values = self.flags.get("--pretrained")
+        return Path(values[0]) if values else None
 
     def command(self, resume: bool = False) -> list[str]:
         """To begin it; to go on, --resume and what may change, since its other flags are in its checkpoint; and
@@ -107,27 +128,26 @@ class Run:
         return self.program + (["--resume", str(self.folder)] if resume else []) + words_of(flags)
 
 
-def parse(command: str) -> Run:
-    """A run from its command, which has --run-dir."""
-    words = shlex.split(command)
+def parse(words: list[str]) -> Run:
+    """A run from the words of its command, which has --run-dir."""
     first = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
     return Run(words[:first], flags_of(words[first:]))
 
 
 def runs_of(text: str, seeds: list[str], runs: str, quick: bool, extra: str = "") -> list[Run]:
     """The runs of lines "NAME  command", seed after seed. Folders in runs/ are put into the folder `runs`."""
-    found = []
+    found, extra_words = [], words_in(extra, "EXTRA")
     for seed in seeds:
         for line in text.splitlines():
             name, _, command = line.strip().partition(" ")
             if not name or name.startswith("#"):
                 continue
-            run = parse(command.replace("{seed}", seed))
+            run = parse(words_in(command.replace("{seed}", seed), f"the line {name}"))
             script = " ".join(Path(word).name for word in run.program[1:])  # reinformer.py has a word after it
             if not script.split(" ")[0].endswith(".py"):
                 die(f'the line "{line.strip()}" is not "NAME python SCRIPT.py --flag value ...".')
             run.flags |= flags_of(shlex.split(QUICK.get(script, ""))) if quick else {}
-            run.flags |= flags_of(shlex.split(extra))
+            run.flags |= flags_of(extra_words)
             run.flags = {
                 flag: [runs + value.removeprefix("runs") if value.startswith("runs/") else value for value in values]
                 for flag, values in run.flags.items()
@@ -141,11 +161,22 @@ def runs_of(text: str, seeds: list[str], runs: str, quick: bool, extra: str = ""
     return found
 
 
+def check_needs(runs: list[Run]) -> None:
+    """Exit with a line if runs wait for each other in a circle."""
+    needs = {run.folder: run.needs for run in runs}
+    for folder in needs:
+        chain = [folder]
+        while (need := needs.get(chain[-1])) and need not in chain:
+            chain.append(need)
+        if need == folder:
+            die(f"--pretrained goes in a circle: {' needs '.join(each.name for each in [*chain, folder])}.")
+
+
 def selected(own: list[Run], others: list[Run], only: list[str]) -> list[Run]:
     """Those of `own` whose name contains one of `only` (none given: all), after those of `others` that they need."""
     own = [run for run in own if not only or any(part in run.name for part in only)]
     if not own:
-        die(f"no line's name contains any of {only}." if only else "no lines on the standard input.")
+        die(f"no line's name contains any of {only}." if only else "no lines on the standard input, or no SEEDS.")
     needed = {run.needs for run in own} - {run.folder for run in own}
     return [run for run in others if run.folder in needed] + own
 
@@ -154,19 +185,22 @@ def selected(own: list[Run], others: list[Run], only: list[str]) -> list[Run]:
 
 
 def iteration_of(checkpoint: Path) -> int:
-    """The "iteration" in a checkpoint, without importing torch; -1 where there is none or it can't be read.
+    """The "iteration" in a checkpoint, without importing torch; -1 where there is none or it is damaged.
 
     A file of torch.save is a zip archive with a pickle in it; the number follows its key. metrics.csv alone does not
     tell: its last row is written before the checkpoint.
     """
     try:
         with zipfile.ZipFile(checkpoint) as archive:
+            compressed = any(entry.compress_type for entry in archive.infolist())  # torch never does
+            if compressed or archive.testzip():  # checksums of all that is in it
+                return -1
             (name,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
             operations = ((op.name, value) for op, value, _ in pickletools.genops(archive.read(name)))
             for operation, value in operations:
                 if operation.endswith("UNICODE") and value == "iteration":
-                    return next(number for kind, number in operations if "PUT" not in kind and kind != "MEMOIZE")
-    except (OSError, zipfile.BadZipFile, ValueError, StopIteration):
+                    return int(next(number for kind, number in operations if "PUT" not in kind and kind != "MEMOIZE"))
+    except Exception:  # zipfile and pickletools raise BadZipFile, RuntimeError, struct.error, IndexError and more
         pass
     return -1
 
@@ -174,51 +208,60 @@ def iteration_of(checkpoint: Path) -> int:
 def last_row(run: Run) -> dict[str, str]:
     """The last whole row of metrics.csv; empty where there is none."""
     try:
-        with open(run.folder / "metrics.csv", newline="") as file:
+        with open(run.folder / "metrics.csv", newline="", encoding="utf-8") as file:
             header, rows = next(csv.reader([next(file)])), deque(file, maxlen=1)
-    except (OSError, StopIteration):
+        cells = next(csv.reader(rows), [])
+    except (OSError, ValueError, StopIteration, csv.Error):
         return {}
-    cells = next(csv.reader(rows), [])
     return dict(zip(header, cells)) if len(cells) == len(header) else {}
 
 
 def target(run: Run) -> int | None:
-    """Its --iterations or --updates: the line's, else what its args.json says; None if it has not begun."""
-    for flag in LENGTH:
-        if flag in run.flags:
-            return int(run.flags[flag][0])
+    """Its --iterations or --updates: the line's, else what its args.json says; None if neither tells."""
     try:
+        for flag in LENGTH:
+            if flag in run.flags:
+                return int(run.flags[flag][0])
         args = json.loads((run.folder / "args.json").read_text())["args"]
-        return next(args[name] for name in ("iterations", "updates") if name in args)
-    except (OSError, ValueError, KeyError, StopIteration):
+        return next(int(args[name]) for name in ("iterations", "updates") if name in args)
+    except (OSError, ValueError, LookupError, TypeError, StopIteration, RecursionError):
         return None
 
 
 def state(run: Run) -> str:
-    """ "done", "begun" (a checkpoint to go on from) or "new". Done: its checkpoint has all iterations, and the last row
-    of metrics.csv has the closing evaluation."""
+    """ "done", "begun" (there is a checkpoint) or "new". Done: its checkpoint is whole and has all iterations, and the
+    last row of metrics.csv has the closing evaluation."""
     iteration, goal = iteration_of(run.folder / "checkpoint.pt"), target(run)
     if goal is not None and iteration >= goal and last_row(run).get("eval/return_mean"):
         return "done"
-    return "begun" if (run.folder / "checkpoint.pt").exists() else "new"
+    return "begun" if os.path.exists(run.folder / "checkpoint.pt") else "new"
 
 
 def begun_as(run: Run) -> Run | None:
     """The command with which the launcher began the checkpoint in its folder: the first line of log.txt. None if that
-    is not known: the run was begun by hand, or its log is gone."""
+    is not known: the run was begun by hand, or its log is gone or damaged."""
     try:
         with open(run.folder / "log.txt") as file:
-            begun = parse(file.readline().removeprefix("$ "))
-    except OSError:
+            words = shlex.split(file.readline(100_000))
+    except (OSError, ValueError):
         return None
-    return None if "--resume" in begun.flags else begun
+    return None if words[:1] != ["$"] or "--resume" in words else parse(words[1:])
+
+
+def last_line(log: Path) -> str:
+    """The last line with anything on it, or why there is none."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError as error:
+        return str(error)
+    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
 
 
 def flags_that_differ(run: Run) -> str:
     """What of its flags is not as when it was begun, as a text; empty if it may go on or be taken as done. A length
     may be new, but not left out where it was given: warm-ups depend on it."""
     begun = begun_as(run)
-    if begun is None or not (run.folder / "checkpoint.pt").exists():
+    if begun is None or not os.path.exists(run.folder / "checkpoint.pt"):
         return ""
     for flag in [*begun.flags, *run.flags]:
         old, new = (" ".join([flag, *each.flags[flag]]) if flag in each.flags else "" for each in (begun, run))
@@ -261,43 +304,44 @@ class Launcher:
         self.failed[run.folder] = reason
 
     def start(self, run: Run, slot: int) -> None:
-        """Begin or resume it, or find it done or hopeless."""
-        how = state(run)
+        """Begin or resume it, or find it done or hopeless. OSError and ValueError: it can't be begun."""
+        how, checkpoint = state(run), run.folder / "checkpoint.pt"
         differs = flags_that_differ(run) if run.folder in self.exact else ""
         if differs:
             return self.fail(run, f"begun with {differs}: take back the change, or move {run.folder} away")
         if how == "done":
             return self.done.append(run)
+        if how == "begun" and iteration_of(checkpoint) < 0:
+            return self.fail(run, f"{checkpoint} is damaged: move {run.folder} away to begin it anew")
         start = Run(run.program, {"--run-dir": [str(run.needs)]})
         if how == "new" and run.needs and state(start) == "begun" and target(start):
             made = f"{iteration_of(run.needs / 'checkpoint.pt'):,} of {target(start):,}"
             return self.fail(run, f"{run.needs} is not finished ({made}): --resume it first")
         run.folder.mkdir(parents=True, exist_ok=True)
-        log = open(run.folder / "log.txt", "a")
-        if not self.locked(log):
-            return self.fail(run, "another process is working in its folder")
-        if how == "new":
-            log.truncate(0)
         command = run.command(resume=how == "begun")
-        log.write(f"$ {shlex.join(command)}\n")
-        log.flush()
-        if command[0] == "python":
-            command[0] = sys.executable
-        share = environment(slot, self.workers)
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=share, start_new_session=True
-        )
-        log.close()
+        with open(run.folder / "log.txt", "a") as log:
+            if not self.locked(log):
+                return self.fail(run, "another process is working in its folder")
+            if how == "new":
+                log.truncate(0)
+            log.write(f"$ {shlex.join(command)}\n")
+            log.flush()
+            if command[0] == "python":
+                command[0] = sys.executable
+            share = environment(slot, self.workers)
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=share, start_new_session=True
+            )
         self.running[slot] = run, process
 
     @staticmethod
     def locked(log: TextIO) -> bool:
         """Lock the run's log. The child holds the lock with its copy of the file, also if the launcher is killed."""
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            log.close()
-            return False
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
         return True
 
     def ready(self) -> Run | None:
@@ -322,9 +366,8 @@ class Launcher:
             if code == 0 and state(run) == "done":
                 self.done.append(run)
             elif not self.stops:
-                lines = (run.folder / "log.txt").read_text(errors="replace").split("\n")
-                last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-                self.fail(run, f"exit code {code}{' but not finished' if code == 0 else ''}: {last[:200]}")
+                short = " but not finished" if code == 0 else ""
+                self.fail(run, f"exit code {code}{short}: {last_line(run.folder / 'log.txt')}")
 
     def show(self) -> None:
         """One line about all runs: rewritten on a terminal, else written when a run begins or ends and now and then."""
@@ -339,7 +382,7 @@ class Launcher:
         line = f"{minutes:.0f} min: {counts}{': ' if parts else ''}{', '.join(parts)}"
         if sys.stdout.isatty():
             line = f"\r{line[: os.get_terminal_size().columns - 1]}\x1b[K"
-        print(line, end="" if sys.stdout.isatty() else "\n", flush=True)
+        say(line, end="" if sys.stdout.isatty() else "\n")
 
     def end_children(self) -> None:
         """Ctrl-C for all children, and after `grace` seconds, or at a second Ctrl-C, the end of those left."""
@@ -356,15 +399,19 @@ class Launcher:
     def launch(self) -> int:
         """Until all is done or Ctrl-C; returns the exit code: 0, 1 if runs failed, 130 after Ctrl-C."""
         handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        while (self.waiting or self.running) and not self.stops:
-            for slot in range(self.workers):
-                while slot not in self.running and (run := self.ready()):
-                    self.start(run, slot)
-            self.collect()
-            self.show()
-            if self.running:
-                time.sleep(0.2)
-        if self.stops:
+        try:
+            while (self.waiting or self.running) and not self.stops:
+                for slot in range(self.workers):
+                    while slot not in self.running and (run := self.ready()):
+                        try:
+                            self.start(run, slot)
+                        except (OSError, ValueError) as error:
+                            self.fail(run, f"it can't be begun: {error}")
+                self.collect()
+                self.show()
+                if self.running:
+                    time.sleep(0.2)
+        finally:  # whatever ends the loop, no run is left behind
             self.end_children()
             self.collect()
         for number, handler in handlers.items():
@@ -373,12 +420,12 @@ class Launcher:
 
     def verdict(self) -> int:
         """Print what was reached; returns the exit code."""
-        print(f"\n{len(self.done)} of {self.total} runs done, {len(self.failed)} failed", flush=True)
+        say(f"\n{len(self.done)} of {self.total} runs done, {len(self.failed)} failed")
         if self.stops:
-            print("stopped: the same command goes on where each run's last checkpoint is", flush=True)
+            say("stopped: the same command goes on where each run's last checkpoint is")
             return 130
         for folder, reason in self.failed.items():
-            print(f"failed: {folder.name}: {reason} ({folder / 'log.txt'})", file=sys.stderr)
+            say(f"failed: {folder.name}: {reason} ({folder / 'log.txt'})", file=sys.stderr)
         return 1 if self.failed else 0
 
 
@@ -421,12 +468,13 @@ def slurm(runs: list[Run], folder: Path, workers: int, submit: bool) -> None:
             print(shlex.join(command).replace("'--dependency=afterany:$first'", '--dependency="afterany:$first"'))
 
 
-def one_task(path: str, index: int) -> Run:
+def one_task(path: str, index: str) -> Run:
     """The run in line `index` (from 0) of a file that slurm() wrote."""
-    try:
-        return parse(Path(path).read_text().splitlines()[index])
-    except (OSError, IndexError):
-        die(f"{path} has no line {index}, counted from 0.")
+    with contextlib.suppress(OSError, LookupError, ValueError):
+        run = parse(words_in(Path(path).read_text().splitlines()[int(index)], f"line {index} of {path}"))
+        if "--run-dir" in run.flags:
+            return run
+    die(f"{path} has no run in line {index}, counted from 0.")
 
 
 def parse_args() -> argparse.Namespace:
@@ -450,7 +498,7 @@ def main() -> int:
     if not workers.isdecimal() or int(workers) < 1:
         die(f"WORKERS is {workers}: give 1 or more.")
     if args.task:
-        run = one_task(args.task[0], int(args.task[1]))
+        run = one_task(*args.task)
         return Launcher([run], 1, args.grace, {run.folder}).launch()
     text, needed = sys.stdin.read(), Path(args.needs).read_text() if args.needs else ""
     if args.list:
@@ -460,6 +508,7 @@ def main() -> int:
     own = runs_of(text, seeds, runs, args.quick, os.environ.get("EXTRA", ""))
     others = runs_of(needed, seeds, runs, args.quick)
     chosen = selected(own, others, args.only)
+    check_needs(chosen)
     if args.dry_run:
         for run in chosen:
             how = state(run)
@@ -472,4 +521,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except (OSError, UnicodeError) as error:  # --needs, the lines, runs/slurm
+        die(f"{error}.")

@@ -2,11 +2,13 @@
 what the paper's tables say."""
 
 import csv
+import errno
 import fcntl
 import importlib
 import importlib.util
 import json
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -146,6 +148,27 @@ def test_lines_that_make_no_sense_are_refused():
         run.selected(run.runs_of("n python s.py", ["1"], "runs", False), [], ["m"])
 
 
+def test_quotes_that_do_not_close_are_told_in_a_line(refused):
+    with refused("the line n", "no closing quotation"):
+        run.runs_of("n python s.py --name 'a", ["1"], "runs", False)
+    with refused("EXTRA", "no closing quotation"):
+        run.runs_of("n python s.py", ["1"], "runs", False, '--name "a')
+
+
+@pytest.mark.parametrize(
+    "needs, circle",
+    [
+        ({"a": "a"}, "a__1 needs a__1"),
+        ({"a": "b", "b": "a"}, "a__1 needs b__1 needs a__1"),
+        ({"x": "b", "a": "b", "b": "c", "c": "a"}, "a__1 needs b__1 needs c__1 needs a__1"),
+    ],
+)
+def test_runs_that_need_each_other_are_named_at_the_start(place, needs, circle):
+    lines = "".join(f"{name} python fake.py --pretrained runs/{need}__{{seed}}\n" for name, need in needs.items())
+    assert launcher(lines=lines) == (1, "", f"error: --pretrained goes in a circle: {circle}.\n")
+    assert starts() == []
+
+
 def test_what_a_chosen_run_needs_is_chosen_with_it_and_comes_first():
     others = run.runs_of("p python s.py\nq python s.py", ["1", "2"], "runs", False)
     own = run.runs_of("n python s.py --pretrained runs/p__{seed}\nm python s.py", ["1", "2"], "runs", False)
@@ -168,6 +191,23 @@ def test_the_iteration_of_a_checkpoint_is_read_as_torch_reads_it(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     assert run.iteration_of(path) == -1
     assert run.iteration_of(tmp_path / "missing.pt") == -1
+
+
+def test_a_truncated_or_flipped_checkpoint_has_no_iteration(tmp_path):
+    path, rng, weights = tmp_path / "checkpoint.pt", random.Random(0), torch.rand(500)
+    torch.save({"script": "s", "args": {"iterations": 9}, "iteration": 7, "weights": {"w": weights}}, path)
+    whole = path.read_bytes()
+    first = whole.index(weights.numpy().tobytes())
+
+    def flipped(place):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
+        return run.iteration_of(path)
+
+    for length in (0, 1, 30, *(rng.randrange(len(whole)) for _ in range(40)), len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert run.iteration_of(path) == -1, length
+    assert {flipped(first + rng.randrange(2000)) for _ in range(50)} == {-1}  # of 500 fp32 weights
+    assert {flipped(rng.randrange(len(whole))) for _ in range(60)} == {-1, 7}  # 7: in the padding
 
 
 def test_done_needs_the_checkpoint_and_the_closing_evaluation(place):
@@ -218,6 +258,116 @@ def test_a_run_that_fails_is_listed_with_its_reason_and_resumed_by_the_next_call
     code, _, errors = launcher()
     assert (code, errors) == (0, "") and iterations("a__1") == [1, 2, 3, 4]
     assert "\n$ python fake.py --resume runs/a__1 --iterations 4\n" in Path("runs/a__1/log.txt").read_text()
+
+
+# What befalls one run and must not befall the others. Each makes a fault in the working directory.
+
+
+def damage(path, content):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(content)
+
+
+FAULTS = {
+    "a folder that is a file": lambda: damage("runs/a__1", b""),
+    "a log that is a folder": lambda: Path("runs/a__1/log.txt").mkdir(parents=True),
+    "a checkpoint of nothing": lambda: damage("runs/a__1/checkpoint.pt", b""),
+    "a checkpoint that is none": lambda: damage("runs/a__1/checkpoint.pt", b"PK\x03\x04" + bytes(100)),
+    "a script that is gone": lambda: Path("fake.py").rename("other.py"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_run_in_trouble_fails_with_a_line_and_the_others_go_on(place, fault):
+    shutil.copy("fake.py", "good.py")
+    FAULTS[fault]()
+    code, printed, errors = launcher(lines="a python fake.py --iterations 1\nb python good.py --iterations 1\n")
+    assert code == 1 and "1 of 2 runs done, 1 failed" in printed and iterations("b__1") == [1]
+    assert errors.startswith("failed: a__1: ") and errors.count("\n") == 1, errors
+
+
+def test_a_program_that_is_not_there_or_a_folder_that_goes_away_ends_one_run(place):
+    Path("gone.py").write_text("import shutil, sys\nshutil.rmtree(sys.argv[-1])\n")
+    lines = (
+        "a nowhere/python fake.py\nb python gone.py\nc python fake.py --iterations 1\nd python fake.py --iterations x\n"
+    )
+    code, printed, errors = launcher(lines=lines)
+    assert code == 1 and "1 of 4 runs done, 3 failed" in printed
+    first, second, third = errors.splitlines()
+    assert first.startswith("failed: a__1: it can't be begun: [Errno 2]") and "nowhere/python" in first
+    assert second.startswith("failed: b__1: exit code 0 but not finished: [Errno 2]") and "runs/b__1/log.txt" in second
+    assert third.startswith("failed: d__1: exit code 1: ValueError: invalid literal for int()")
+
+
+@pytest.mark.parametrize("name", ["log.txt", "args.json", "metrics.csv"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"\xff\x00\xfe\n", b"$ 'a", b"[" * 100_000, b'{"args": {"iterations": []}}']
+)
+def test_a_damaged_file_of_a_run_is_no_end(place, name, content):
+    (mine,) = run.runs_of("a python fake.py\n", ["1"], "runs", False)
+    damage("runs/a__1/args.json", b'{"args": {"iterations": 3}}')
+    damage("runs/a__1/metrics.csv", b"iteration,eval/return_mean\n3,5\n")
+    torch.save({"iteration": 3}, "runs/a__1/checkpoint.pt")
+    assert run.state(mine) == "done" and run.last_row(mine)["iteration"] == "3" and run.target(mine) == 3
+    damage(f"runs/a__1/{name}", content)
+    assert run.state(mine) == ("done" if name == "log.txt" else "begun")
+    assert run.flags_that_differ(mine) == "" and len(run.last_line(Path(f"runs/a__1/{name}"))) <= 200
+
+
+def test_a_full_disk_ends_one_run_and_not_the_launcher(place, monkeypatch, capfd):
+    def full(command, **settings):
+        if "runs/a__1" in command:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return begin(command, **settings)
+
+    begin = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", full)
+    runs = run.runs_of("a python fake.py --iterations 1\nb python fake.py --iterations 1\n", ["1"], "runs", False)
+    assert run.Launcher(runs, 1, 1.0, set()).launch() == 1
+    line = "failed: a__1: it can't be begun: [Errno 28] No space left on device (runs/a__1/log.txt)\n"
+    assert capfd.readouterr().err == line and iterations("b__1") == [1]
+
+
+def test_a_console_that_takes_nothing_ends_no_run(place):
+    command = [sys.executable, str(ROOT / "benchmark" / "run.py")]
+    with open("/dev/full", "w") as full:
+        subprocess.run(command, input=LINES, stdout=full, stderr=full, text=True, env=os.environ | {"SEEDS": "1"})
+    assert iterations("a__1") == [1, 2, 3, 4] and iterations("b__1") == [1, 2, 3, 4, 5]
+
+
+def test_a_fault_of_the_launcher_itself_leaves_no_orphans(place, monkeypatch):
+    Path("hang").touch()
+    launching = run.Launcher(run.runs_of(LINES, ["1"], "runs", False), 2, 5.0, set())
+
+    def show():
+        if all(Path(f"runs/{name}/pid").exists() for name in ("a__1", "b__1")):
+            raise RuntimeError("a bug")
+
+    monkeypatch.setattr(launching, "show", show)
+    with pytest.raises(RuntimeError, match="a bug"):
+        launching.launch()
+    assert not alive("a__1") and not alive("b__1") and launching.running == {}
+
+
+def test_a_file_system_without_locks_is_no_other_process(place, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    runs = run.runs_of("a python fake.py --iterations 1\n", ["1"], "runs", False)
+    assert run.Launcher(runs, 1, 1.0, set()).launch() == 0 and iterations("a__1") == [1]
+
+
+def test_what_begins_with_a_damaged_checkpoint_is_not_started(place):
+    assert launcher("--only", "a__")[0] == 0
+    path = Path("runs/a__1/checkpoint.pt")
+    path.write_bytes(path.read_bytes()[:-1])
+    code, _, errors = launcher(lines=LINES + "n python fake.py --iterations 2 --pretrained runs/a__{seed}\n")
+    assert code == 1 and starts() == ["a__1", "b__1"]
+    assert errors == (
+        "failed: a__1: runs/a__1/checkpoint.pt is damaged: move runs/a__1 away to begin it anew (runs/a__1/log.txt)\n"
+        "failed: n__1: needs runs/a__1, which failed (runs/n__1/log.txt)\n"
+    )
 
 
 def test_exit_code_0_is_not_enough(place):
@@ -410,6 +560,16 @@ def test_slurm_arrays_hold_what_is_not_done_and_a_task_makes_one_run(place):
     done = subprocess.run(["bash", "benchmark/slurm_array.sh", str(listed)], env=task, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert starts() == ["a__1", "b__1"] and iterations("b__1") == [1, 2, 3, 4, 5]
+
+
+def test_a_task_or_a_list_that_is_not_there_is_told_in_a_line(place, refused):
+    Path("tasks").write_text("python fake.py --iterations 1\npython 'fake.py\n")
+    for index in ("0", "7", "x"):
+        with refused(f"tasks has no run in line {index}"):
+            run.one_task("tasks", index)
+    with refused("line 1 of tasks", "no closing quotation"):
+        run.one_task("tasks", "1")
+    assert launcher("--needs", "gone") == (1, "", "error: [Errno 2] No such file or directory: 'gone'.\n")
 
 
 def test_what_slurm_says_is_told_in_a_line(place):

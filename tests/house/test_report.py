@@ -5,6 +5,7 @@ import csv
 import importlib.util
 import json
 import math
+import random
 import statistics
 import subprocess
 import sys
@@ -25,9 +26,9 @@ HOPPER = dict(n_batch=256, c_online=1, g_online=7200.0, l_traj=15, l_eval=400, g
 HOPPER |= dict(lr=5e-5, kappa_initial=0.2, embed_dim=512, beta=1e-3, weight_decay=1e-4, max_grad_norm=0.5)
 
 
-def make_run(folder, name, scores, args=None, steps=100, command=None):
-    """A run folder; scores: one per iteration from 0 on, None for an iteration without an evaluation. command: as
-    GRPO-DT's args.json has it."""
+def make_run(folder, name, scores, args=None, steps=100, command=None, script="grpo_dt_continuous.py"):
+    """A run folder; scores: one per iteration from 0 on, None for an iteration without an evaluation; its return is
+    twice the score. command: as the script's args.json has it."""
     path = folder / name
     path.mkdir(parents=True)
     with open(path / "metrics.csv", "w", newline="") as file:
@@ -35,10 +36,10 @@ def make_run(folder, name, scores, args=None, steps=100, command=None):
         table.writerow(["iteration", "charts/env_steps", "eval/return_mean", "eval/normalized_score", "time/iteration"])
         for iteration, score in enumerate(scores):
             env_steps = iteration * steps if iteration else ""
-            evaluation = ["", ""] if score is None else [1.0, score]
+            evaluation = ["", ""] if score is None else [2 * score, score]
             table.writerow([iteration, env_steps, *evaluation, iteration**2 if iteration else ""])
     if args is not None:
-        facts = {} if command is None else {"script": "grpo_dt_continuous.py", "command": command}
+        facts = {} if command is None else {"script": script, "command": command}
         (path / "args.json").write_text(json.dumps(facts | {"args": args, "versions": {}, "commit": ""}))
 
 
@@ -220,6 +221,50 @@ def test_a_run_is_known_by_its_name_and_its_arguments(name, args, identity):
     assert report.identify(name, args) == identity
 
 
+@pytest.mark.parametrize(
+    "script, env_id, identity",
+    [
+        ("grpo_dt_continuous.py", "Hopper-v5", ("grpo_dt", "Hopper", "random", "", "3")),
+        ("q_guided_grpo_dt.py", "Pendulum-v1", ("q_guided_grpo_dt", "Pendulum-v1", "random", "", "3")),
+        ("pretrain_dt.py", "my_tasks:Mine-v0", ("pretrain_dt", "my_tasks:Mine-v0", "random", "", "3")),
+        ("ranks.py", "AdroitHandDoor-v1", ("ranks", "Door", "random", "", "3")),
+    ],
+)
+def test_any_folder_name_will_do_with_an_args_json(script, env_id, identity):
+    assert report.identify("plain", dict(env_id=env_id, dataset_kind="random", seed=3), script) == identity
+
+
+def test_what_a_copied_script_was_made_from_tells_its_settings(tmp_path):
+    assert report.settings_that_differ("ranks", "Hopper", "random", hopper(group_size=4)) == "group_size 4 (8)"
+    ppo = dict(value_dim=512, n_trajectories=8, lr=5e-5, kappa_initial=0.04)  # Table 7's, where Table 6 has other ones
+    assert report.settings_that_differ("mine", "Hopper", "random", ppo) == ""
+    make_run(tmp_path, "ranks", [0.0, 7.0], hopper(), command=["ranks.py"], script="ranks.py")
+    ((method, *_, differs),) = report.group_runs(report.read_runs([tmp_path])[0])
+    assert (method, differs) == ("ranks", "")
+    assert rows_under(page_of(tmp_path)[0], "Other runs")[0][:4] == ["ranks", "Hopper-random", "-", "7.00 (of 1)"]
+
+
+def test_runs_of_a_workshop_stand_side_by_side_under_any_name(tmp_path):
+    """Those that differ in a setting are groups by that; those of one seed and the same settings go by their names."""
+    command = ["grpo_dt_continuous.py"]
+    for name, score, changes in (
+        ("plain", 10.0, {}),
+        ("plain-2", 20.0, dict(seed=2)),
+        ("ranks_seed1", 40.0, {}),
+        ("hindsight", 5.0, dict(hindsight=True)),
+    ):
+        make_run(tmp_path, name, [0.0, score], hopper(**dict(seed=1) | changes), command=command)
+    runs, notes = report.read_runs([tmp_path])
+    assert notes == []
+    groups = report.group_runs(runs)
+    found = {(key[3], key[4]): [run.score for run in each] for key, each in groups.items()}
+    assert found == {("plain", ""): [10.0, 20.0], ("ranks", ""): [40.0], ("", "hindsight"): [5.0]}
+    curves = report.curves_of(groups, "Hopper", "random")[1]
+    assert report.labels(curves) == ["GRPO-DT (1 seed)", "GRPO-DT plain (2 seeds)", "GRPO-DT ranks (1 seed)"]
+    same = [curve._replace(variant="") for curve in curves]
+    assert report.labels(same)[0] == "GRPO-DT, hindsight (1 seed)"
+
+
 def test_settings_are_held_against_the_papers_tables():
     def differs(method, task, kind, **args):
         return report.settings_that_differ(method, task, kind, args)
@@ -255,6 +300,13 @@ def test_runs_of_different_settings_are_not_averaged_and_the_papers_stand_in_the
     assert other[3] == "90.00 ± 0.00 (of 1)" and other[-1] == "lr 0.0001 (5e-05)"
 
 
+def test_an_ablation_does_not_stand_in_the_table_where_the_method_has_a_run(tmp_path):
+    for name, score, changes in (("a", 5.0, dict(hindsight=True)), ("b", 10.0, {})):
+        args = hopper(lr=1e-4, seed=1) | changes
+        make_run(tmp_path, name, [0.0, score], args, command=["grpo_dt_continuous.py"])
+    assert rows_under(page_of(tmp_path)[0], "Table 1")[0][-1].startswith("10.00\\*")
+
+
 def test_ablations_under_the_scripts_own_names_are_no_seeds_of_the_method(tmp_path):
     changed = [{}, {"token_ratio": True}, {"hindsight": True, "group_size": 2}, {"ratio": "token"}]
     for seed, changes in enumerate(changed, start=1):
@@ -284,8 +336,9 @@ def test_the_pretraining_of_a_run_is_held_against_the_paper(tmp_path):
     assert runs == dict(zip("0123", said))
     outside = report.pretraining_that_differs(tmp_path, "grpo_dt", "HalfCheetah", "medium", dict(pretrained=starts[0]))
     assert outside == "pretraining unknown"
-    outside = dict(pretrained=starts[0])  # a task that is not in the paper's tables has nothing to differ from
-    assert report.pretraining_that_differs(tmp_path / "run", "grpo_dt", "HalfCheetah", "medium", outside) == ""
+    outside = dict(pretrained=starts[0])  # a task that is not in the paper's tables is held against Hopper's row
+    said = report.pretraining_that_differs(tmp_path / "run", "grpo_dt", "HalfCheetah", "medium", outside)
+    assert said == "pretrained at c_offline 1 (20)"
     (tmp_path / starts[0] / "args.json").write_text("{")
     assert report.pretraining_that_differs(tmp_path / "run", "grpo_dt", "Hopper", "random", outside).endswith("unknown")
 
@@ -386,48 +439,214 @@ def test_the_command_reports_on_the_committed_results_and_on_nothing(tmp_path):
     assert (done.returncode, done.stderr) == (1, "error: no such folder: absent.\n")
 
 
-# Curves
+# Damaged runs
 
 
-def test_curves_show_each_seed_their_mean_and_the_papers_final_value(tmp_path):
-    figure = pytest.importorskip("matplotlib.figure").Figure()
-    make_run(tmp_path, "grpo_dt__Hopper-random__1", [1.0, None, 3.0, 5.0], hopper(), steps=100)
-    make_run(tmp_path, "grpo_dt__Hopper-random__2", [3.0, 4.0, 5.0], hopper(), steps=300)
-    ((_, runs),) = report.group_runs(report.read_runs([tmp_path])[0]).items()
-    assert report.mean_curve(runs) == ([0, 2], [0.0, 400.0], [2.0, 4.0])
-    for by_steps, axes in zip((False, True), figure.subplots(1, 2)):
-        report.draw_panel(axes, "Ho-R-v2", [report.Curve("Hopper", "random", "grpo_dt", "", runs)], by_steps)
-        one, two, mean, final = axes.get_lines()
-        assert list(one.get_ydata()) == [1.0, 3.0, 5.0] and list(two.get_ydata()) == [3.0, 4.0, 5.0]
-        assert list(mean.get_xdata()) == ([0.0, 400.0] if by_steps else [0, 2])
-        assert set(final.get_ydata()) == {99.20}
-        assert axes.get_xlabel() == ("environment steps" if by_steps else "iterations")
+NAME = "grpo_dt__Hopper-random__d__1"
 
 
-def test_a_picture_for_each_dataset_and_each_figure_that_has_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "file, content, reason",
+    [
+        ("args.json", b"[]", 'it has no "args"'),
+        ("args.json", b'{"args": 5}', 'it has no "args"'),
+        ("args.json", b"{", "Expecting property name"),
+        ("args.json", b"", "Expecting value"),
+        ("args.json", b"[" * 100_000, "recursion"),
+        ("args.json", b'{"args": {"env_id": 5}}', "'int' object"),
+        ("args.json", b'{"args": {"iterations": "many"}}', "the number of iterations is 'many'"),
+        ("args.json", b'{"args": {"dataset_kind": ["x"]}}', "expected str instance"),
+        ("metrics.csv", b"iteration,eval/normalized_score\n1,\x00\x00\n", "could not convert"),
+        ("metrics.csv", b"\xff\xfe\n", "can't decode byte 0xff"),
+        ("metrics.csv", b"iteration,eval/normalized_score\nnan,1\n", "line 2 has values that are not finite"),
+        ("metrics.csv", b"iteration,eval/normalized_score\n1,inf\n", "line 2 has values that are not finite"),
+        ("metrics.csv", b"iteration,eval/normalized_score\n1.5,1\n", "its iterations do not count up"),
+        ("metrics.csv", b"iteration,eval/normalized_score\n1,1\n2,2,2\n", "line 3 has 3 cells, not 2"),
+        ("metrics.csv", b"iteration,eval/normalized_score\n2,1\n1,2\n", "its iterations do not count up"),
+        ("metrics.csv", b"eval/normalized_score\n1\n", "its iterations do not count up"),
+        ("metrics.csv", b"", "no evaluation after an update yet"),
+        ("metrics.csv", b"iteration,eval/return_mean\n1,1\n", "no evaluation after an update yet"),
+    ],
+)
+def test_a_damaged_run_is_a_line_under_left_out_and_the_others_stay(tmp_path, file, content, reason):
+    make_run(tmp_path, "grpo_dt__Hopper-random__1", [0.0, 10.0], hopper())
+    make_run(tmp_path, NAME, [0.0, 10.0], hopper())
+    (tmp_path / NAME / file).write_bytes(content)
+    page, _ = page_of(tmp_path)
+    (line,) = page.split("## Left out\n\n")[1].splitlines()
+    assert line.startswith(f"- {NAME}: ") and reason in line and ("damaged" not in line or file in line)
+    assert rows_under(page, "GRPO-DT")[0][2] == "10.00 (of 1)"
+
+
+def test_a_last_line_that_breaks_off_does_not_count(tmp_path):
+    make_run(tmp_path, NAME, [0.0, 10.0, 20.0, 30.0], hopper())
+    path = tmp_path / NAME / "metrics.csv"
+    path.write_bytes(path.read_bytes()[:-3])
+    run = report.read_run(tmp_path / NAME)
+    assert run.iteration == 2 and run.scores == [10.0, 20.0]
+
+
+def damage(files, rng):
+    """One of the two files' text in bytes, spoilt: bytes flipped, cut off, lines gone or twice, other types in JSON."""
+    name = rng.choice(sorted(files))
+    content = bytearray(files[name])
+    how = rng.choice(["flip", "cut", "lines", "types"])
+    if how == "flip":
+        for _ in range(rng.randint(1, 5)):
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    elif how == "cut":
+        content = content[: rng.randrange(len(content))]
+    elif how == "lines":
+        lines = bytes(content).splitlines(keepends=True)
+        content = b"".join(line for line in lines for _ in range(rng.choice([0, 1, 1, 1, 2])))
+    else:
+        name, facts = "args.json", json.loads(files["args.json"])
+        place = rng.choice([facts, facts["args"], facts["args"]])
+        odd = [None, [], {}, "x", "", -1, 10**400, math.inf, math.nan, True, "\ud800", ["x"], "\n|", 0]
+        place[rng.choice(sorted(place))] = rng.choice(odd)
+        content = json.dumps(facts).encode()
+    return name, bytes(content)
+
+
+def test_a_hundred_damaged_runs_end_neither_the_report_nor_the_figures(tmp_path, monkeypatch):
+    make_run(tmp_path, "grpo_dt__Hopper-random__1", [0.0, 10.0, 30.0, 20.0], hopper(seed=1), command=["x.py"])
+    good = tmp_path / "grpo_dt__Hopper-random__1"
+    files = {name: (good / name).read_bytes() for name in ("metrics.csv", "args.json")}
+    for seed in range(100):
+        folder = tmp_path / f"grpo_dt__Hopper-random__damaged-{seed}__1"
+        folder.mkdir()
+        name, content = damage(files, random.Random(seed))
+        for each in files:
+            (folder / each).write_bytes(content if each == name else files[each])
+    runs, notes = report.read_runs([tmp_path])
+    assert len(runs) + len(notes) == 101 and 20 < len(notes) < 80
+    assert all("\n" not in note and note.startswith("grpo_dt__Hopper-random__damaged-") for note in notes)
+    page, summaries = report.report(runs, notes)
+    page.encode(errors="replace")
+    row = rows_under(page, "GRPO-DT")[0]
+    assert row[1:4] == ["Ho-R-v2", "20.00 (of 3)", "30.00"] and row[-1] == "-"
+    assert all(math.isfinite(s.mean) and math.isfinite(s.best) for s in summaries if "average" not in s.data)
+    report.write_csv(tmp_path / "report.csv", summaries)
+    assert len(report.read_csv(tmp_path / "report.csv")) == len(summaries)
+    pytest.importorskip("matplotlib")
+    saved = []
+    monkeypatch.setattr(report, "save", lambda figure, path: saved.append(path.name))
+    report.write_curves(report.group_runs(runs), tmp_path)
+    assert "Ho-R-v2" in saved
+
+
+def test_a_task_outside_the_table_has_a_row_of_returns_and_a_curve(tmp_path, monkeypatch):
+    for seed, score in ((1, 10.0), (2, 30.0)):
+        args = hopper(env_id="HalfCheetah-v5", seed=seed)
+        make_run(tmp_path, f"mine-{seed}", [0.0, score], args, command=["grpo_dt_continuous.py"])
+    args = hopper(env_id="Pendulum-v1", g_online=-300.0, seed=1)
+    make_run(tmp_path, "pendulum", [-9.0, -4.0], args, command=["grpo_dt_continuous.py"])
+    path = tmp_path / "pendulum" / "metrics.csv"  # no reference returns, no score
+    path.write_text(
+        "\n".join(line.replace(",-4.0,", ",,").replace(",-9.0,", ",,") for line in path.open().read().split("\n"))
+    )
+    page, summaries = page_of(tmp_path)
+    cheetah, pendulum = rows_under(page, "Other tasks")
+    assert cheetah[:4] == ["GRPO-DT", "HalfCheetah-v5-random", "-", "40.00 ± 28.28 (of 1)"]  # of 20 and 60
+    assert cheetah[-2:] == ["20.00", "-"]  # the score; no difference from Hopper's row
+    assert pendulum[1:5] == ["Pendulum-v1-random", "-", "-8.00 (of 1)", "-8.00"] and pendulum[-2:] == ["-", "-"]
+    assert "## Other runs" not in page and "Left out" not in page
+    report.write_csv(tmp_path / "report.csv", summaries)
+    assert [row["unit"] for row in report.read_csv(tmp_path / "report.csv")] == ["return", "return"]
     pytest.importorskip("matplotlib")
     saved = {}
     monkeypatch.setattr(report, "save", lambda figure, path: saved.update({path.name: figure.get_axes()}))
-    for name in ("grpo_dt__Hopper-medium__1", "ppo_dt__Hopper-medium__1", "grpo_dt__Hopper-medium__token-ratio__1"):
-        make_run(tmp_path, name, [0.0, 10.0])
     report.write_curves(report.group_runs(report.read_runs([tmp_path])[0]), tmp_path)
-    assert sorted(saved) == ["Ho-M-v2.png", "figure_2c.png", "figure_3.png", "figure_3_steps.png", "overview.png"]
-    (axes,) = saved["overview.png"]
-    names = [label for label in axes.get_legend_handles_labels()[1] if "paper" not in label]
-    assert names == ["GRPO-DT, 1 seed", "GRPO-DT token-ratio, 1 seed", "PPO-DT, 1 seed"]
-    assert [set(line.get_ydata()) for line in axes.get_lines() if line.get_linestyle() == "--"] == [{108.81}, {105.65}]
-    titles = [axes.get_title() for axes in saved["figure_3.png"] if axes.get_title()]
-    assert [title.split(":")[0] for title in titles] == [
-        row["dataset"] for row in paper("table1") if row["dataset"] != "Average"
-    ]
-    assert [title for title in titles if "no run" not in title] == ["Ho-M-v2"]
-    labels = saved["figure_2c.png"][0].get_legend_handles_labels()[1]
-    assert labels == ["GRPO-DT, 1 seed", "GRPO-DT, the paper's final value", "token-ratio, 1 seed"]
+    endings = ("", "_minutes", "_steps")
+    assert sorted(saved) == ["HalfCheetah-v5-random", "Pendulum-v1-random", *(f"overview{end}" for end in endings)]
+    axes = saved["Pendulum-v1-random"]
+    assert [each.get_xlabel() for each in axes] == ["iterations", "environment steps", "minutes"]
+    assert {each.get_ylabel() for each in axes} == {"return"}
+    assert list(axes[0].get_lines()[0].get_ydata()) == [-18.0, -8.0]
 
 
-def test_a_picture_is_written(tmp_path):
+# Curves
+
+
+def test_the_mean_over_seeds_ends_where_the_shortest_seed_ends(tmp_path):
+    make_run(tmp_path, "grpo_dt__Hopper-random__1", [1.0, None, 3.0, 5.0], hopper(), steps=100)
+    make_run(tmp_path, "grpo_dt__Hopper-random__2", [3.0, 4.0, 5.0], hopper(), steps=300)
+    ((_, runs),) = report.group_runs(report.read_runs([tmp_path])[0]).items()
+    x, mean, std = report.mean_curve(runs, "iteration")
+    assert list(x) == [0, 1, 2] and list(mean) == [2.0, 3.0, 4.0]  # the first seed is at 2 in iteration 1
+    assert list(std) == pytest.approx([math.sqrt(2)] * 3)  # n - 1, of two that are 2 apart
+    x, mean, _ = report.mean_curve(runs, "env_steps")
+    assert list(x) == [0, 200, 300] and list(mean) == pytest.approx([2.0, (3 + 3 + 2 / 3) / 2, 4.5])
+    x, _, std = report.mean_curve(runs[:1], "minutes")
+    assert list(x) == pytest.approx([0, 5 / 60, 14 / 60]) and not std.any()  # 1, 4 and 9 seconds
+
+
+def drawn(folder, monkeypatch):
+    """The axes of each picture of the runs in a folder, not written."""
+    saved = {}
+    monkeypatch.setattr(report, "save", lambda figure, path: saved.update({path.name: figure}))
+    report.write_curves(report.group_runs(report.read_runs([folder])[0]), folder)
+    return {name: [axes for axes in figure.get_axes() if axes.get_title()] for name, figure in saved.items()}
+
+
+def test_pictures_have_a_line_and_a_band_a_group_and_the_papers_final_values(tmp_path, monkeypatch):
+    colour = pytest.importorskip("matplotlib.colors").to_hex
+    for seed in (1, 2):
+        make_run(tmp_path, f"grpo_dt__Hopper-medium__{seed}", [0.0, 10.0 * seed])
+    for name in ("ppo_dt__Hopper-medium__1", "grpo_dt__Hopper-medium__token-ratio__1", "ppo_dt__Ant-medium__1"):
+        make_run(tmp_path, name, [0.0, 10.0])
+    pictures = drawn(tmp_path, monkeypatch)
+    several = [f"{name}{ending}" for name in ("figure_3", "overview") for ending in ("", "_minutes", "_steps")]
+    assert sorted(pictures) == ["An-M-v2", "Ho-M-v2", "figure_2c", *several]
+    first, steps, minutes = pictures["Ho-M-v2"]
+    assert [axes.get_xlabel() for axes in (first, steps, minutes)] == ["iterations", "environment steps", "minutes"]
+    assert [list(axes.get_lines()[0].get_xdata()) for axes in (first, steps)] == [[0, 1], [0.0, 100.0]]
+    names = ["GRPO-DT (2 seeds)", "GRPO-DT token-ratio (1 seed)", "PPO-DT (1 seed)", "the paper's final value"]
+    assert first.get_legend_handles_labels()[1] == names
+    assert len(first.collections) == 1 and first.get_title() == "Hopper medium"  # a band where there are two seeds
+    dashed = [line for line in first.get_lines() if line.get_linestyle() == "--" and len(line.get_ydata())]
+    assert [set(line.get_ydata()) for line in dashed] == [{108.81}, {105.65}]
+    for axes in [axes for panels in pictures.values() for axes in panels]:
+        lines = {line.get_label(): line.get_color() for line in axes.get_lines()}
+        for label, line in lines.items():
+            if label.startswith(("GRPO-DT (", "PPO-DT (")):  # in each picture the same
+                assert colour(line) == report.COLOURS[label.startswith("PPO")].lower()
+    assert [axes.get_title() for axes in pictures["figure_3"]] == ["Hopper medium", "Ant medium"]  # none is empty
+    assert [axes.get_title() for axes in pictures["figure_2c"]] == ["Hopper medium"] * 3
+
+
+def test_times_that_are_not_written_leave_out_their_panel(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    figure, axes = report.new_panels(1, 2)
-    axes[0, 0].plot([0, 1], [0, 1])
-    report.save(figure, tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    make_run(tmp_path, "grpo_dt__Hopper-medium__1", [0.0, 10.0])
+    path = tmp_path / "grpo_dt__Hopper-medium__1" / "metrics.csv"
+    path.write_text(path.read_text().replace("time/iteration", "time/other"))
+    pictures = drawn(tmp_path, monkeypatch)
+    assert [axes.get_xlabel() for axes in pictures["Ho-M-v2"]] == ["iterations", "environment steps"]
+    assert sorted(pictures) == ["Ho-M-v2", "figure_3", "figure_3_steps", "overview", "overview_steps"]
+
+
+def test_of_many_groups_those_with_most_seeds_are_drawn(tmp_path):
+    for index in range(10):
+        for seed in range(1 + index % 2):
+            make_run(tmp_path, f"grpo_dt__Hopper-medium__v{index}__{seed}", [0.0, 10.0])
+    title, curves = report.curves_of(report.group_runs(report.read_runs([tmp_path])[0]), "Hopper", "medium")
+    assert title == "Hopper medium (8 of 10 groups)"
+    assert {"v1", "v3", "v5", "v7", "v9"} < {curve.variant for curve in curves} and len(curves) == 8
+
+
+def test_a_picture_is_written_as_png_and_as_pdf(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    make_run(tmp_path, "grpo_dt__Hopper-random__a$b__1", [0.0, 10.0])  # "$" is no formula
+    title, curves = report.curves_of(report.group_runs(report.read_runs([tmp_path])[0]), "Hopper", "random")
+    report.write_picture(tmp_path / "a.b", [(title, curves, "iteration")], {"grpo_dt": "#0072B2"})
+    height, width, _ = image.imread(tmp_path / "a.b.png").shape
+    assert 500 < width < 700 and 450 < height < 700  # a panel of 3.2 by 2.7 inches at 200 dots
+    assert (tmp_path / "a.b.pdf").read_bytes()[:5] == b"%PDF-"
+
+
+def test_an_out_that_cannot_be_written_is_a_line(tmp_path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, str(PATH), ".", "--no-curves", "--out", "file"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "file" in done.stderr
