@@ -1066,11 +1066,12 @@ def read_data(base: dict, args: Args) -> tuple[Transitions, int]:
     folder = folder.parent if folder.is_file() else folder
     path = folder / "data.npz"
     if not path.is_file():
-        die(f"the critic needs {path}, which is not there: python pretrain_dt.py --resume {folder} --save-data")
+        cure = f"python pretrain_dt.py --resume {folder} --save-data, or give --data the folder it moved to"
+        die(f"the critic needs {path}, which is not there: {cure}")
     try:
         data = dict(np.load(path))
         offline = lay_out(args.c_online, **data)
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+    except Exception:  # numpy and zipfile raise ValueError, BadZipFile, NotImplementedError, zlib.error and more
         die(f"{path} is damaged: write it again, python pretrain_dt.py --resume {folder} --save-data")
     fingerprint = 0
     for array in data.values():

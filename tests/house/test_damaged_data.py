@@ -13,6 +13,7 @@ import torch
 from minari.data_collector.episode_buffer import EpisodeBuffer
 
 import pretrain_dt
+import q_guided_grpo_dt as q_guided
 from pretrain_dt import Args, fingerprint, load_checkpoint, load_dataset, main, make_env, parse_args
 
 NAMES = ("observations", "actions", "rewards", "terminals", "timeouts")
@@ -240,6 +241,28 @@ MINARI_DAMAGE = {
 def test_a_minari_dataset_that_is_not_whole_is_refused(what, outcome, copied):
     MINARI_DAMAGE[what](copied)
     assert isinstance(outcome(MINARI_ID, MINARI_ID), str)
+
+
+# ---- data.npz -------------------------------------------------------------------------------------------------------
+
+
+@FEW_OR_MANY
+def test_of_damaged_data_for_the_critic_whatever_loads_is_right(count, outcome, tmp_path, refused):
+    pretrain_dt.save_data(tmp_path / "data.npz", outcome(hdf5_file(tmp_path / "data.hdf5"), "data.hdf5"))
+    args, rng = q_guided.Args(pretrained=str(tmp_path), c_online=1), np.random.default_rng(0)
+    whole, lines = (tmp_path / "data.npz").read_bytes(), 0
+    _, right = q_guided.read_data({}, args)
+    for _ in range(count):
+        (tmp_path / "data.npz").write_bytes(damaged(whole, rng))
+        try:
+            assert q_guided.read_data({}, args)[1] == right  # its checksums are looked at
+        except SystemExit as stop:
+            assert "data.npz is damaged" in str(stop) and "\n" not in str(stop)
+            lines += 1
+    assert 0.5 * count < lines < count
+    (tmp_path / "data.npz").unlink()
+    with refused("data.npz", "--save-data", "--data"):
+        q_guided.read_data({}, args)
 
 
 # ---- Data that moved ------------------------------------------------------------------------------------------------
