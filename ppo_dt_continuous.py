@@ -36,6 +36,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -1003,8 +1004,9 @@ class Log:
         checkpoint is gone."""
         self.lock = claim(run_dir, args)
         self.path = run_dir / "metrics.csv"
-        self.total, self.rows, self.shown = total, rows, []
+        self.total, self.rows, self.shown, self.lines = total, rows, [], 0
         self.begun = time.time()
+        self.due = self.begun + 5  # when pretraining has its next line, beside those of its rows
         self.first = rows[-1]["iteration"] if rows else 0
         packages = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "minari")
         installed = {each.name: each.version for each in importlib.metadata.distributions()}
@@ -1043,14 +1045,19 @@ class Log:
         self.rows.append(row)
         self.show(row)
         self.write()
+        self.tell(row)
+
+    def tell(self, row: dict[str, float]) -> None:
+        """A line on the console; the headings now and then."""
         done = row["iteration"] - self.first
         left = (self.total - row["iteration"]) * (time.time() - self.begun) / done if done else None
         self.begun = self.begun if done else time.time()  # the evaluation before the first iteration is none
-        names = [name for name in CONSOLE if any(name in each for each in self.rows)]
-        if len(self.rows) % 20 == 1 or names != self.shown:
-            print("  iteration" + "".join(CONSOLE[name][0].rjust(8) for name in names), flush=True)
-        self.shown = names
+        names = [name for name in CONSOLE if any(name in each for each in [*self.rows, row])]
+        if self.lines % 20 == 0 or names != self.shown:
+            print("iteration".rjust(13) + "".join(CONSOLE[name][0].rjust(8) for name in names), flush=True)
+        self.lines, self.shown = self.lines + 1, names
         print(console_line(row, names, self.total, left), flush=True)
+        self.due = time.time() + 30
 
     def write(self) -> None:
         """metrics.csv, whole; its columns are the names of all rows so far."""
@@ -1084,12 +1091,13 @@ CONSOLE = {
 
 def console_line(row: dict[str, float], names: list[str], total: int, left: float | None) -> str:
     """A row's values under the headings of `names`, of CONSOLE; left: seconds to the end."""
-    line = f"{row['iteration']}/{total}".rjust(11)
+    line = f"{row['iteration']}/{total}".rjust(13)
     for name in names:
-        line += (format(row[name], CONSOLE[name][1]) if name in row else "").rjust(8)
+        texts = [format(row[name], style) for style in (CONSOLE[name][1], ".1e", ".0e") if name in row]
+        line += next((text for text in texts if len(text) < 8), "").rjust(8)  # a space at least before it
     if left is not None:
         minutes = round(left / 60)
-        line += f"{minutes // 60}:{minutes % 60:02} left".rjust(12)
+        line += f" {minutes // 60}:{minutes % 60:02} left".rjust(12)
     return line
 
 
@@ -1097,13 +1105,20 @@ def choose_run_dir(args: Args) -> Path:
     """The folder of this run, yet to be made. Exits with a line rather than mix two runs in one folder."""
     name = f"{args.env_id}__{Path(__file__).stem}__{args.dataset_kind}__{args.seed}__{int(time.time())}-{os.getpid()}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{re.sub('[/:]', '_', name)}")
-    if args.resume:  # --resume RUN_DIR/checkpoint.pt will do
-        return run_dir.parent if run_dir.is_file() else run_dir
+    if args.resume and run_dir.is_file():  # --resume RUN_DIR/checkpoint.pt will do
+        run_dir = run_dir.parent
+    there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        die(f"cannot write into {there}: {error.strerror}. Choose another --run-dir.")
+    if args.resume:
+        return run_dir
     table = run_dir / "metrics.csv"
     foreign = table.exists() or (run_dir / "args.json").exists()
     if foreign and (run_dir / ".lock").exists():  # a run that broke off before its first checkpoint: at most two rows
         foreign = table.exists() and table.read_bytes().count(b"\n") > 3
-    if run_dir.is_file() or foreign or (run_dir / "checkpoint.pt").exists():
+    if foreign or (run_dir / "checkpoint.pt").exists():
         die(f"{run_dir} holds a run or other files: go on with --resume {run_dir}, or choose another --run-dir.")
     return run_dir
 

@@ -34,6 +34,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -498,6 +499,8 @@ def main(args: Args) -> Path:
             rng = np.random.default_rng([args.seed, step])  # of all that is drawn in this update
             learner.update(data, rng)
             if step % args.log_every and step < args.updates:
+                if time.time() > log.due:
+                    log.tell({"iteration": step} | learner.metrics())
                 continue
             row = {"iteration": step} | learner.metrics()  # ends the run where a loss is not finite
             if step % args.log_every == 0:
@@ -743,6 +746,9 @@ def load_dataset(args: Args, env: gym.Env) -> Dataset:
         print(f"{100 * outside:.2f} % of the actions lie outside the bounds of {args.env_id}: clipped to them")
     actions = 2.0 * (actions - low) / np.maximum(high - low, 1e-6) - 1.0  # the reverse of scale_action
     rewards = [raw.rewards[piece].astype(np.float64) for piece in pieces]
+    returns = np.concatenate([each[::-1].cumsum()[::-1] for each in rewards])
+    if np.abs(returns).max() > np.finfo(np.float32).max:
+        die(f"{args.dataset} has rewards whose sums are not finite in float32: make it again with smaller ones.")
     lasts = np.array([piece.stop - 1 for piece in pieces])
     terminated = raw.terminals[lasts].astype(bool)
     if task == "AntMaze":  # cut at the goal, where an episode ends, though the data may go on after it
@@ -751,7 +757,7 @@ def load_dataset(args: Args, env: gym.Env) -> Dataset:
         observations=np.concatenate([raw.observations[piece] for piece in pieces]).astype(np.float32),
         actions=actions.clip(-ACTION_LIMIT, ACTION_LIMIT).astype(np.float32),
         rewards=np.concatenate(rewards).astype(np.float32),
-        returns=np.concatenate([each[::-1].cumsum()[::-1] for each in rewards]).astype(np.float32),
+        returns=returns.astype(np.float32),
         lengths=np.array([len(each) for each in rewards]),
         terminated=terminated,
     )
@@ -800,9 +806,8 @@ def cut_trajectories(raw: RawData, task: str, drop_last: bool = False) -> list[s
     return pieces[:-1] if drop_last else pieces
 
 
-def check_data(raw: RawData, name: str, env: gym.Env) -> None:
-    """Exits with a line on values that are not finite, and on shapes that fit neither each other nor `env`. Of D4RL's
-    ant it keeps the columns that Ant-v4 has."""
+def check_shapes(raw: RawData, name: str) -> None:
+    """Exits with a line on arrays whose shapes do not fit each other, or that do not hold real numbers."""
     arrays = vars(raw)
     shapes = {key: array.shape for key, array in arrays.items()}
     if [len(shape) for shape in shapes.values()] != [2, 2, 1, 1, 1]:
@@ -813,6 +818,12 @@ def check_data(raw: RawData, name: str, env: gym.Env) -> None:
     if any(array.dtype.kind not in "biuf" for array in arrays.values()):
         types = {key: str(array.dtype) for key, array in arrays.items()}
         die(f"{name} has arrays of types {types}: real numbers are needed.")
+
+
+def check_data(raw: RawData, name: str, env: gym.Env) -> None:
+    """Exits with a line on values that are not finite, and on shapes that fit neither each other nor `env`. Of D4RL's
+    ant it keeps the columns that Ant-v4 has."""
+    check_shapes(raw, name)
     task, found = task_of(env.spec.id), (raw.observations.shape[1], raw.actions.shape[1])
     wanted = (env.observation_space.shape[0], env.action_space.shape[0])
     if task == "Ant" and (found[0], wanted[0]) == (111, 27):
@@ -829,7 +840,7 @@ def check_data(raw: RawData, name: str, env: gym.Env) -> None:
             f"{name} has observations of {found[0]} and actions of {found[1]} dimensions, "
             f"{env.spec.id} has {wanted[0]} and {wanted[1]}: {hint}."
         )
-    for key, array in arrays.items():
+    for key, array in vars(raw).items():
         with np.errstate(over="ignore"):
             finite = np.isfinite(array.astype(np.float32)).all(axis=tuple(range(1, array.ndim)))  # (N,)
         if not finite.all():
@@ -860,37 +871,57 @@ def read_hdf5(path: Path) -> RawData:
     import h5py
 
     if not path.is_file():
-        die(f"dataset {path} not found: give the path of an .hdf5 file, a Minari id, or random.")
+        die(f"dataset {path} not found: give --dataset the path of an .hdf5 file, a Minari id, or random.")
     names = [field.name for field in dataclasses.fields(RawData)]
     try:
         with h5py.File(path, "r") as file:
             missing = [name for name in names if name not in file]
             if missing:
                 die(f"{path} lacks {', '.join(missing)}: D4RL's layout has the arrays {', '.join(names)}.")
-            return RawData(*(np.asarray(file[name]) for name in names))
-    except OSError as error:
+            raw = RawData(*(file[name] for name in names))
+            check_shapes(raw, str(path))
+            size = sum(array.nbytes for array in vars(raw).values())
+            if size > 1000 * path.stat().st_size:  # no compression does that: before memory is taken by its word
+                raise ValueError(f"it says that it has {len(raw.rewards):,} steps, and is too small for them")
+            return RawData(*(array[:] for array in vars(raw).values()))
+    except Exception as error:  # h5py raises OSError, RuntimeError, KeyError, ValueError and more
         die(f"cannot read {path}: {error}. The file is damaged or no HDF5: copy it again.")
 
 
 def read_minari(dataset_id: str) -> RawData:
     """A Minari dataset as flat arrays. An episode is a trajectory, whether or not its last step bears a flag; it holds
     one more observation than steps, which is left out."""
-    episodes = list(open_minari(dataset_id).iterate_episodes())
-    observations = [episode.observations for episode in episodes]
-    if isinstance(observations[0], dict):
-        observations = [np.concatenate([each[key] for key in GOAL_KEYS], axis=-1) for each in observations]
-    if any(len(obs) != len(episode) + 1 for obs, episode in zip(observations, episodes)):
-        die(f"{dataset_id} has episodes without their last observation (T instead of T + 1): collect it again.")
-    raw = RawData(
-        observations=np.concatenate([obs[:-1] for obs in observations]),
-        actions=np.concatenate([episode.actions for episode in episodes]),
-        rewards=np.concatenate([episode.rewards for episode in episodes]),
-        terminals=np.concatenate([episode.terminations for episode in episodes]),
-        timeouts=np.concatenate([episode.truncations for episode in episodes]),
-    )
-    lasts = np.cumsum([len(episode) for episode in episodes]) - 1
-    raw.timeouts[lasts] |= ~raw.terminals[lasts]
-    return raw
+    dataset = open_minari(dataset_id)
+    try:
+        episodes = list(dataset.iterate_episodes())
+        steps = sum(len(episode) for episode in episodes)
+        if steps != dataset.spec.total_steps or not steps:
+            raise ValueError(f"it has {steps:,} steps, its metadata say {dataset.spec.total_steps:,}")
+        observations = [episode.observations for episode in episodes]
+        if isinstance(observations[0], dict):
+            observations = [np.concatenate([each[key] for key in GOAL_KEYS], axis=-1) for each in observations]
+        if any(len(obs) != len(episode) + 1 for obs, episode in zip(observations, episodes)):
+            die(f"{dataset_id} has episodes without their last observation (T instead of T + 1): collect it again.")
+        raw = RawData(
+            observations=np.concatenate([obs[:-1] for obs in observations]),
+            actions=np.concatenate([episode.actions for episode in episodes]),
+            rewards=np.concatenate([episode.rewards for episode in episodes]),
+            terminals=np.concatenate([episode.terminations for episode in episodes]),
+            timeouts=np.concatenate([episode.truncations for episode in episodes]),
+        )
+        lasts = np.cumsum([len(episode) for episode in episodes]) - 1
+        raw.timeouts[lasts] |= ~raw.terminals[lasts]
+        return raw
+    except Exception as error:  # h5py's and Minari's, which raise KeyError, AssertionError and more
+        die_of_minari(dataset_id, error)
+
+
+def die_of_minari(dataset_id: str, error: Exception) -> NoReturn:
+    """What was read of a Minari dataset on this machine raised `error`."""
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    path = get_dataset_path(dataset_id)
+    die(f"cannot read the Minari dataset {dataset_id}: {str(error) or repr(error)}. Delete {path} and get it again.")
 
 
 def open_minari(dataset_id: str):
@@ -900,13 +931,20 @@ def open_minari(dataset_id: str):
 
     if not re.fullmatch(r"[-\w/]+-v\d+", dataset_id):
         die(f'"{dataset_id}" is no dataset: give a Minari id (mujoco/hopper/medium-v0), an .hdf5 path, or random.')
-    try:
-        if get_dataset_path(dataset_id).exists():
+    path = get_dataset_path(dataset_id)
+    if path.exists():
+        try:
             return minari.load_dataset(dataset_id)
-        print(f"Minari dataset {dataset_id} is not on this machine: asking for it ...", flush=True)
+        except Exception as error:
+            die_of_minari(dataset_id, error)
+    print(f"Minari dataset {dataset_id} is not on this machine: asking for it ...", flush=True)
+    try:
+        from huggingface_hub import constants, get_session
+
+        get_session().head(constants.ENDPOINT, timeout=10)  # without a network Minari would try for half a minute
         remote = minari.list_remote_datasets(prefix=dataset_id.rsplit("-v", 1)[0])
         size = remote.get(dataset_id, {}).get("dataset_size", "unknown")
-        print(f"downloading {dataset_id}, {size} MB, to {get_dataset_path(dataset_id)}", flush=True)
+        print(f"downloading {dataset_id}, {size} MB, to {path}", flush=True)
         return minari.load_dataset(dataset_id, download=True)
     except Exception as error:  # Minari raises ValueError, FileNotFoundError, bare connection errors and more
         die(f"cannot get the Minari dataset {dataset_id}: {error}. Check the id and the network.")
@@ -1021,7 +1059,8 @@ def start_or_resume(args: Args, data: Dataset, facts: dict) -> dict:
     if args.resume:
         base = load_checkpoint(args.resume)
         if base["fingerprint"] != facts["fingerprint"]:
-            die(f"{args.resume} began with other data than {args.dataset} holds: put those back, or start a new run.")
+            other = f"{args.resume} began with other data than {args.dataset} holds"
+            die(f"{other}: give those with --dataset, or start a new run.")
         if base["iteration"] > args.updates:
             die(f"{args.resume} is at update {base['iteration']}: give --updates {base['iteration']} or more.")
         return base
@@ -1058,8 +1097,9 @@ class Log:
         checkpoint is gone."""
         self.lock = claim(run_dir, args)
         self.path = run_dir / "metrics.csv"
-        self.total, self.rows, self.shown = total, rows, []
+        self.total, self.rows, self.shown, self.lines = total, rows, [], 0
         self.begun = time.time()
+        self.due = self.begun + 5  # when pretraining has its next line, beside those of its rows
         self.first = rows[-1]["iteration"] if rows else 0
         packages = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "minari")
         installed = {each.name: each.version for each in importlib.metadata.distributions()}
@@ -1098,14 +1138,19 @@ class Log:
         self.rows.append(row)
         self.show(row)
         self.write()
+        self.tell(row)
+
+    def tell(self, row: dict[str, float]) -> None:
+        """A line on the console; the headings now and then."""
         done = row["iteration"] - self.first
         left = (self.total - row["iteration"]) * (time.time() - self.begun) / done if done else None
         self.begun = self.begun if done else time.time()  # the evaluation before the first iteration is none
-        names = [name for name in CONSOLE if any(name in each for each in self.rows)]
-        if len(self.rows) % 20 == 1 or names != self.shown:
-            print("  iteration" + "".join(CONSOLE[name][0].rjust(8) for name in names), flush=True)
-        self.shown = names
+        names = [name for name in CONSOLE if any(name in each for each in [*self.rows, row])]
+        if self.lines % 20 == 0 or names != self.shown:
+            print("iteration".rjust(13) + "".join(CONSOLE[name][0].rjust(8) for name in names), flush=True)
+        self.lines, self.shown = self.lines + 1, names
         print(console_line(row, names, self.total, left), flush=True)
+        self.due = time.time() + 30
 
     def write(self) -> None:
         """metrics.csv, whole; its columns are the names of all rows so far."""
@@ -1139,12 +1184,13 @@ CONSOLE = {
 
 def console_line(row: dict[str, float], names: list[str], total: int, left: float | None) -> str:
     """A row's values under the headings of `names`, of CONSOLE; left: seconds to the end."""
-    line = f"{row['iteration']}/{total}".rjust(11)
+    line = f"{row['iteration']}/{total}".rjust(13)
     for name in names:
-        line += (format(row[name], CONSOLE[name][1]) if name in row else "").rjust(8)
+        texts = [format(row[name], style) for style in (CONSOLE[name][1], ".1e", ".0e") if name in row]
+        line += next((text for text in texts if len(text) < 8), "").rjust(8)  # a space at least before it
     if left is not None:
         minutes = round(left / 60)
-        line += f"{minutes // 60}:{minutes % 60:02} left".rjust(12)
+        line += f" {minutes // 60}:{minutes % 60:02} left".rjust(12)
     return line
 
 
@@ -1152,13 +1198,20 @@ def choose_run_dir(args: Args) -> Path:
     """The folder of this run, yet to be made. Exits with a line rather than mix two runs in one folder."""
     name = f"{args.env_id}__{Path(__file__).stem}__{args.dataset_kind}__{args.seed}__{int(time.time())}-{os.getpid()}"
     run_dir = Path(args.resume or args.run_dir or f"runs/{re.sub('[/:]', '_', name)}")
-    if args.resume:  # --resume RUN_DIR/checkpoint.pt will do
-        return run_dir.parent if run_dir.is_file() else run_dir
+    if args.resume and run_dir.is_file():  # --resume RUN_DIR/checkpoint.pt will do
+        run_dir = run_dir.parent
+    there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        die(f"cannot write into {there}: {error.strerror}. Choose another --run-dir.")
+    if args.resume:
+        return run_dir
     table = run_dir / "metrics.csv"
     foreign = table.exists() or (run_dir / "args.json").exists()
     if foreign and (run_dir / ".lock").exists():  # a run that broke off before its first checkpoint: at most two rows
         foreign = table.exists() and table.read_bytes().count(b"\n") > 3
-    if run_dir.is_file() or foreign or (run_dir / "checkpoint.pt").exists():
+    if foreign or (run_dir / "checkpoint.pt").exists():
         die(f"{run_dir} holds a run or other files: go on with --resume {run_dir}, or choose another --run-dir.")
     return run_dir
 

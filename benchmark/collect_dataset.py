@@ -12,6 +12,7 @@ and beside them datasets/Hopper-v5-{random,medium-replay,medium}.hdf5 in D4RL's 
 """
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -207,8 +208,9 @@ def play(env: gym.Env, choose, steps: int, seed: int, after=None) -> Transitions
         action = choose(observation)
         following, reward, terminated, truncated, _ = env.step(action)
         following = np.array(following, np.float64)  # a copy: some environments return their own buffer, or integers
+        reward = np.asarray(reward, np.float64).item()  # or a reward of shape (1,)
         transitions.add(observation, action, reward, terminated, truncated, following)
-        total, observation = total + float(reward), following
+        total, observation = total + reward, following
         if terminated or truncated:
             returns.append(total)
             observation, total = np.array(env.reset()[0], np.float64), 0.0
@@ -247,8 +249,8 @@ def episodes_of(columns: dict[str, np.ndarray]) -> list[slice]:
 
 
 def write_minari(dataset_id: str, columns: dict[str, np.ndarray], env: gym.Env, task: str) -> None:
-    """A Minari dataset with the environment's spec and, for D4RL's tasks, its reference scores. Made beside Minari's
-    folder, then moved there: a half one would be in the way for ever."""
+    """A Minari dataset with the environment's spec and, for D4RL's tasks, its reference scores. Made in a hidden
+    folder, then moved to its place: a half one would be in the way for ever."""
     import minari
     from minari.data_collector import EpisodeBuffer
     from minari.storage.datasets_root_dir import get_dataset_path
@@ -264,7 +266,7 @@ def write_minari(dataset_id: str, columns: dict[str, np.ndarray], env: gym.Env, 
     facts |= dict(ref_min_score=low, ref_max_score=high, description="made by benchmark/collect_dataset.py")
     facts |= dict(requirements=["gymnasium[mujoco]"])
     root, target = get_dataset_path(), get_dataset_path(dataset_id)
-    making = Path(tempfile.mkdtemp(prefix=".making-", dir=root.parent))
+    making = Path(tempfile.mkdtemp(prefix=".making-", dir=root))
     given = os.environ.get("MINARI_DATASETS_PATH")
     os.environ["MINARI_DATASETS_PATH"] = str(making)
     try:
@@ -301,7 +303,7 @@ def write_hdf5(path: Path, columns: dict[str, np.ndarray], args: Args) -> None:
 
 def main(args: Args) -> None:
     """Collect the three datasets and write them; those that exist are refused before anything runs."""
-    import minari
+    from minari.storage.datasets_root_dir import get_dataset_path
 
     torch.set_num_threads(args.threads)
     task = args.env_id.rsplit("-v", 1)[0]
@@ -310,11 +312,12 @@ def main(args: Args) -> None:
         die(f"no medium return known for {args.env_id}: give --medium-return.")
     if min(args.random_steps, args.medium_steps, args.learning_starts, args.batch_size, args.max_steps) < 1:
         die("--random-steps, --medium-steps, --learning-starts, --batch-size and --max-steps must be above 0.")
-    ids = {kind: f"online-dt/{args.env_id}/{kind}-v0" for kind in ("random", "medium-replay", "medium")}
-    taken = [each for each in ids.values() if each in minari.list_local_datasets()]
+    name = re.sub(r"[^-\w]", "_", args.env_id)  # my_module:Own-v0
+    ids = {kind: f"online-dt/{name}/{kind}-v0" for kind in ("medium-replay", "medium", "random")}
+    taken = [str(get_dataset_path(each)) for each in ids.values() if get_dataset_path(each).exists()]
     if taken:
-        die(f"{', '.join(taken)} exists already: delete it with `minari delete`, or move MINARI_DATASETS_PATH.")
-    files = {kind: Path(args.hdf5 or "") / f"{args.env_id}-{kind}.hdf5" for kind in ids}
+        die(f"{', '.join(taken)} exists already: move it away, or choose another MINARI_DATASETS_PATH.")
+    files = {kind: Path(args.hdf5 or "") / f"{name}-{kind}.hdf5" for kind in ids}
     taken = [str(path) for path in files.values() if args.hdf5 and path.exists()]
     if taken:
         die(f"{', '.join(taken)} exists already: move it away, or choose another --hdf5.")
@@ -326,17 +329,18 @@ def main(args: Args) -> None:
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces):
         die(f"{args.env_id} has {spaces}: both must be flat Boxes.")
 
-    if args.hdf5:  # what can't be written shows before hours of training
-        Path(args.hdf5).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.hdf5).close()
+    for folder in [get_dataset_path(), *([args.hdf5] if args.hdf5 else [])]:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # what can't be written shows before hours of training
     agent, replay = train(env, args, medium_return)
     env.action_space.seed(args.seed + 1)
-    collected = {
-        "random": play(env, lambda observation: env.action_space.sample(), args.random_steps, args.seed + 1),
-        "medium-replay": replay,
-        "medium": play(env, agent.act, args.medium_steps, args.seed + 2),
+    collect = {
+        "medium-replay": lambda: replay,
+        "medium": lambda: play(env, agent.act, args.medium_steps, args.seed + 2),
+        "random": lambda: play(env, lambda observation: env.action_space.sample(), args.random_steps, args.seed + 1),
     }
-    for kind, transitions in collected.items():
+    for kind in ids:  # each is written before the next is played
+        transitions = collect[kind]()
         columns = transitions.columns()
         returns = [columns["rewards"][each].sum() for each in episodes_of(columns)]
         if args.hdf5:

@@ -109,7 +109,7 @@ def test_playing_ends_with_the_episode_in_which_the_steps_are_reached(env):
 
 
 class InPlace(gym.Env):
-    """Counts in a buffer of its own, which is what it returns; its reset gives integers."""
+    """Counts in a buffer of its own, which is what it returns; its reset gives integers, its rewards are arrays."""
 
     observation_space = gym.spaces.Box(-1e3, 1e3, (1,), np.float32)
     action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
@@ -121,13 +121,14 @@ class InPlace(gym.Env):
     def step(self, action):
         self.steps += 1
         self.buffer += 0.5
-        return self.buffer, 1.0, self.steps == 4, False, {}
+        return self.buffer, np.array([self.steps]), self.steps == 4, False, {}
 
 
 def test_observations_are_copied_and_keep_their_fractions():
     kept = play(InPlace(), lambda observation: np.zeros(1, np.float32), 5, seed=0).columns()
     assert kept["observations"][:, 0].tolist() == [0.0, 0.5, 1.0, 1.5] * 2
     assert kept["next_observations"][:, 0].tolist() == [0.5, 1.0, 1.5, 2.0] * 2
+    assert kept["rewards"].tolist() == [1.0, 2.0, 3.0, 4.0] * 2
 
 
 def test_a_disk_that_fills_up_leaves_the_hdf5_file_and_no_half_dataset(tmp_path, monkeypatch):
@@ -144,14 +145,53 @@ def test_a_disk_that_fills_up_leaves_the_hdf5_file_and_no_half_dataset(tmp_path,
     monkeypatch.setattr(minari, "create_dataset_from_buffers", full)
     with pytest.raises(OSError, match="No space left"):
         main(Args(hdf5=str(tmp_path / "files"), **toy))
-    assert [path.name for path in (tmp_path / "files").iterdir()] == ["Hopper-v5-random.hdf5"]
-    assert len(pretrain_dt.read_hdf5(tmp_path / "files" / "Hopper-v5-random.hdf5").rewards) >= 120
+    assert [path.name for path in (tmp_path / "files").iterdir()] == ["Hopper-v5-medium-replay.hdf5"]
+    assert len(pretrain_dt.read_hdf5(tmp_path / "files" / "Hopper-v5-medium-replay.hdf5").rewards) >= 200
     assert minari.list_local_datasets() == {} and sorted(each.name for each in tmp_path.iterdir()) == [
         "files",
         "minari",
     ]
-    with pytest.raises(SystemExit, match=r"\Aerror: [^\n]*Hopper-v5-random.hdf5 exists already[^\n]*\Z"):
+    with pytest.raises(SystemExit, match=r"\Aerror: [^\n]*Hopper-v5-medium-replay.hdf5 exists already[^\n]*\Z"):
         main(Args(hdf5=str(tmp_path / "files"), **toy))
+
+
+@pytest.mark.parametrize("left", ["online-dt/Hopper-v5/medium-v0", "online-dt/Hopper-v5/random-v0/data"])
+def test_what_is_left_of_a_damaged_dataset_is_refused_before_training(left, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setattr(collect_dataset, "train", lambda *given: pytest.fail("trained for hours"))
+    (tmp_path / left).mkdir(parents=True)
+    with pytest.raises(SystemExit, match=rf"\Aerror: [^\n]*{left.removesuffix('/data')} exists already[^\n]*\Z"):
+        main(Args())
+
+
+@pytest.mark.parametrize("which", ["MINARI_DATASETS_PATH", "--hdf5"])
+def test_a_folder_that_cannot_be_written_shows_before_training(which, tmp_path, monkeypatch):
+    monkeypatch.setattr(collect_dataset, "train", lambda *given: pytest.fail("trained for hours"))
+    (tmp_path / "file").write_text("mine")
+    folders = dict.fromkeys(("MINARI_DATASETS_PATH", "--hdf5"), str(tmp_path / "free"))
+    folders[which] = str(tmp_path / "file" / "deep")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", folders["MINARI_DATASETS_PATH"])
+    with pytest.raises(OSError, match="file"):  # a line, where the script is run
+        main(Args(hdf5=folders["--hdf5"]))
+
+
+def test_each_dataset_is_written_before_the_next_is_played(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    toy = dict(medium_return=-1e9, learning_starts=200, random_steps=120, medium_steps=100, hidden=8, batch_size=16)
+
+    def stopped(agent, observation):
+        if agent.updates and (tmp_path / "online-dt/Hopper-v5/medium-replay-v0/data/main_data.hdf5").exists():
+            raise KeyboardInterrupt
+        return act(agent, observation)
+
+    act = collect_dataset.SAC.act
+    monkeypatch.setattr(collect_dataset.SAC, "act", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main(Args(**toy))
+    assert len(pretrain_dt.read_minari("online-dt/Hopper-v5/medium-replay-v0").rewards) >= 200
+    assert [path.name for path in (tmp_path / "online-dt" / "Hopper-v5").iterdir() if path.is_dir()] == [
+        "medium-replay-v0"
+    ]
 
 
 def test_three_datasets_are_written_that_pretraining_reads_and_learns_from(tmp_path, monkeypatch, capsys):
@@ -176,7 +216,7 @@ def test_three_datasets_are_written_that_pretraining_reads_and_learns_from(tmp_p
     run_dir = pretrain_dt.main(pretrain_dt.Args(**args, eval_episodes=1, threads=1, run_dir=str(tmp_path / "run")))
     content = pretrain_dt.load_checkpoint(run_dir)
     assert (content["dataset_kind"], content["env_id"]) == ("medium", "Hopper-v5")
-    with pytest.raises(SystemExit, match=r"\Aerror: [^\n]*medium-v0 exists already: delete it[^\n]*\Z"):
+    with pytest.raises(SystemExit, match=r"\Aerror: [^\n]*/medium-v0, [^\n]*exists already: move it away[^\n]*\Z"):
         main(Args(**toy))
 
 

@@ -2,10 +2,12 @@
 
 import functools
 import os
+import socket
 from pathlib import Path
 
 import gymnasium as gym
 import h5py
+import huggingface_hub
 import minari
 import numpy as np
 import pytest
@@ -165,6 +167,11 @@ def test_episodes_beyond_the_time_limit_are_counted(tmp_path, capsys):
     raw = raw_data(steps=3200, terminals=(), timeouts=(999, 2999, 3199))  # the second time limit is not marked
     load(hdf5_file(tmp_path, raw))
     assert "\n1 episodes are longer than the 1,000 steps of Hopper-v5" in "\n" + capsys.readouterr().out
+
+
+def test_returns_beyond_float32_are_refused(tmp_path):
+    with refused("rewards whose sums are not finite in float32"):
+        load(rewarded(tmp_path, np.full(4, 3e38), terminals=[3], timeouts=()))
 
 
 def test_description_says_episodes_steps_returns_and_score(tmp_path, capsys):
@@ -330,7 +337,7 @@ def test_a_file_that_is_no_hdf5_is_refused(tmp_path):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with refused(f"dataset {tmp_path}/nowhere.hdf5 not found: give the path"):
+    with refused(f"dataset {tmp_path}/nowhere.hdf5 not found: give --dataset the path"):
         load(f"{tmp_path}/nowhere.hdf5")
 
 
@@ -426,14 +433,36 @@ def test_a_minari_dataset_of_another_environment_is_refused_with_both_numbers(mi
         load("test/hopper-v0", "AntMaze_UMaze-v4")
 
 
-def test_an_unknown_minari_id_without_network_is_one_line(minari_root, monkeypatch, capsys):
-    def unreachable(**kwargs):
-        raise ConnectionError("hub unreachable.\nmore about it")
+class Hub:
+    """A session of huggingface_hub's, with a network or without."""
 
-    monkeypatch.setattr(minari, "list_remote_datasets", unreachable)
+    def __init__(self, reachable):
+        self.reachable = reachable
+
+    def head(self, url, timeout):
+        assert url.startswith("https://") and timeout <= 10
+        if not self.reachable:
+            raise ConnectionError("hub unreachable.\nmore about it")
+
+
+def test_an_unknown_minari_id_without_network_is_one_line_at_once(minari_root, monkeypatch, capfd):
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: Hub(reachable=False))
+    monkeypatch.setattr(minari, "list_remote_datasets", lambda **kwargs: pytest.fail("would try for half a minute"))
     with refused("cannot get the Minari dataset mujoco/hopper/medium-v0: hub unreachable.*the network"):
         load("mujoco/hopper/medium-v0")
-    assert "mujoco/hopper/medium-v0 is not on this machine" in capsys.readouterr().out
+    printed = capfd.readouterr()
+    assert "mujoco/hopper/medium-v0 is not on this machine" in printed.out
+    assert printed.out.count("\n") == 1 and printed.err == ""
+
+
+def test_a_minari_dataset_on_this_machine_asks_no_network(minari_root, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr(socket.socket, "connect", lambda *given: pytest.fail("asked the network"))
+    minari_dataset("test/hopper-v0", gym.make("Hopper-v5"), [dict(steps=5)])
+    assert load("test/hopper-v0").lengths.tolist() == [5]
+    (minari_root / "test" / "hopper-v0" / "data" / "main_data.hdf5").unlink()
+    with refused(f"cannot read the Minari dataset test/hopper-v0: .* Delete {minari_root}/test/hopper-v0"):
+        load("test/hopper-v0")
 
 
 def test_a_download_says_its_size_first_and_its_failure_in_one_line(minari_root, monkeypatch, capsys):
@@ -441,18 +470,12 @@ def test_a_download_says_its_size_first_and_its_failure_in_one_line(minari_root,
         assert download
         raise ValueError("Couldn't find any version")
 
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: Hub(reachable=True))
     monkeypatch.setattr(minari, "list_remote_datasets", lambda **kwargs: {"a-b/c-v1": {"dataset_size": 12.5}})
     monkeypatch.setattr(minari, "load_dataset", no_download)
     with refused("cannot get the Minari dataset a-b/c-v1: Couldn't find any version"):
         load("a-b/c-v1")
     assert f"downloading a-b/c-v1, 12.5 MB, to {minari_root}" in capsys.readouterr().out
-
-
-def test_a_damaged_minari_dataset_is_one_line(minari_root):
-    minari_dataset("test/hopper-v0", gym.make("Hopper-v5"), [dict(steps=5)])
-    (minari_root / "test" / "hopper-v0" / "data" / "metadata.json").write_text("{")
-    with refused("cannot get the Minari dataset test/hopper-v0"):
-        load("test/hopper-v0")
 
 
 @pytest.mark.parametrize("name", ["medium", "mujoco/hopper/medium", "../x-v0", "a b-v0", "data.h5", ""])

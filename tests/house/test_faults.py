@@ -76,6 +76,26 @@ def test_a_file_is_no_folder(script, tmp_path, refused):
 
 
 @SCRIPTS
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_else(script, tmp_path, refused, monkeypatch):
+    (tmp_path / "notes.txt").write_text("mine")
+    for name in ("pretrained_on_random", "load_dataset"):  # the work of minutes
+        monkeypatch.setattr(script, name, lambda *given: pytest.fail("at work"), raising=False)
+    monkeypatch.setattr(script, "Simulators", lambda *given: None, raising=False)  # which are tried before
+    with refused("notes.txt", "--run-dir"):
+        script.main(script.Args(run_dir="notes.txt/deep/run"))
+    script.choose_run_dir(script.Args(run_dir="deep/run"))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]  # trying leaves nothing
+
+
+@pytest.mark.skipif(getattr(os, "geteuid", int)() == 0, reason="root may write anywhere")
+@SCRIPTS
+def test_a_folder_without_the_right_to_write_is_refused(script, tmp_path, refused):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with refused("locked", "Permission denied", "--run-dir"):
+        script.choose_run_dir(script.Args(run_dir="locked/run"))
+
+
+@SCRIPTS
 def test_a_run_that_broke_off_before_its_first_checkpoint_may_begin_again(script, tmp_path):
     for name in (".lock", "metrics.csv", "args.json"):
         (tmp_path / "run").mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -352,6 +353,26 @@ def test_a_row_is_the_mean_over_the_updates_since_the_row_before(whole, tmp_path
     for row, block in zip(learning_columns(whole)[1:3], (singles[:5], singles[5:])):
         for column in range(1, 1 + len(LOSSES)):
             assert float(row[column]) == pytest.approx(np.mean([float(one[column]) for one in block]), rel=1e-5)
+
+
+def test_between_its_rows_the_console_has_a_line_after_5_seconds_then_every_30(tmp_path, monkeypatch, capsys):
+    quick = main(toy_args(updates=80, log_every=50, run_dir=str(tmp_path / "quick")))
+    clock, update = [0.0], pretrain_dt.Learner.update
+
+    def takes_a_second(learner, *given):
+        clock[0] += 1.0
+        update(learner, *given)
+
+    monkeypatch.setattr(pretrain_dt.Learner, "update", takes_a_second)
+    monkeypatch.setattr(
+        pretrain_dt, "time", types.SimpleNamespace(time=lambda: clock[0], perf_counter=time.perf_counter)
+    )
+    capsys.readouterr()
+    slow = main(toy_args(updates=80, log_every=50, run_dir=str(tmp_path / "slow")))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "/80 " in line]
+    assert [line[0] for line in lines] == ["6/80", "37/80", "50/80", "80/80"]  # 50 is a row, 80 the evaluation
+    assert [row[0] for row in learning_columns(slow)[1:]] == ["50", "80"]
+    assert_same_run(slow, quick)  # lines are lines
 
 
 def scalars(run_dir):

@@ -226,6 +226,19 @@ def test_a_line_on_the_console_shows_values_of_the_row_and_the_time_left(script)
     assert line.split()[:5] == ["3/20", "1,234", "1.00", "-2.50", "1:01"]
 
 
+@pytest.mark.parametrize(
+    "value", [0.0, 2.0794, -1e-5, 10_020.0, -10_020.0, 4_680.0, -123_456.7, 1e9, -2e300, math.inf, -math.inf]
+)
+def test_columns_on_the_console_never_touch_and_a_line_stays_under_100_characters(value, script):
+    names = list(script.CONSOLE)[:9]  # as many as the widest script has
+    line = script.console_line({"iteration": 199_999} | dict.fromkeys(names, value), names, 200_000, 3.6e6)
+    assert len(line) < 100
+    first, *shown, hours, left = line.split()
+    assert (first, hours, left) == ("199999/200000", "1000:00", "left")
+    assert [float(word.replace(",", "")) for word in shown] == [pytest.approx(value, rel=0.2, abs=0.5)] * len(names)
+    assert all(line[: 13 + 8 * k].split()[-1] == shown[k - 1] for k in range(1, 10))  # under the heading's last letter
+
+
 @pytest.fixture
 def moviepy(monkeypatch):
     """As if it were installed."""
