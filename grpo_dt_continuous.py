@@ -1116,6 +1116,7 @@ class Simulators:
             self.main.take(states[-1])
             action = rng.uniform(-1.0, 1.0, self.space.shape).astype(np.float32)
             *outcome, truncated, _ = self.main.env.step(scale_action(action, self.space))
+            check_finite(self.name, outcome[1], outcome[0])
             steps.append((action, outcome))
             ended = outcome[-1] or truncated
         start = min(5, len(steps) - 1)
