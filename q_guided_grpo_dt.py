@@ -956,7 +956,9 @@ def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> g
     try:
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
     except Exception as error:  # gymnasium's errors, missing packages, and whatever a task's own code raises
-        die(f"cannot make the environment {env_id}: {str(error) or repr(error)}. Name one such as Hopper-v5 or Ant-v4.")
+        # where gymnasium-robotics 1.4.2 meets mujoco 3.12 or later, it asserts without a word
+        why = str(error) or f"{error!r}, as Fetch, Hand and FrankaKitchen tasks say where mujoco is 3.12 or later"
+        die(f"cannot make the environment {env_id}: {why}. Name one such as Hopper-v5 or Ant-v4.")
     actions, seen = env.action_space, env.observation_space
     parts = seen.values() if isinstance(seen, gym.spaces.Dict) and {*seen} == {*GOAL_KEYS} else [seen]
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (*parts, actions)):
@@ -1429,10 +1431,10 @@ def check_args(args: Args) -> None:
             die(f"{flag} is empty: give a value, or leave it out.")
         if type(value) in (int, float):
             fits = value > 0 or (value == 0 and name in MAY_BE_ZERO) or name == "g_online"
-            if not (fits and math.isfinite(value)) or (name in UP_TO_ONE and value > 1):
+            if not (fits and abs(value) < 2**31) or (name in UP_TO_ONE and value > 1):  # NaN is not below
                 least = "" if name == "g_online" else ", 0 or more" if name in MAY_BE_ZERO else " above 0"
-                most = ", up to 1" if name in UP_TO_ONE else ""
-                die(f"{flag} is {value}: give a finite number{least}{most}.")
+                most = "up to 1" if name in UP_TO_ONE else "below 2**31"
+                die(f"{flag} is {value}: give a finite number{least}, {most}.")
             cores = os.cpu_count() or 1
             if name in ("threads", "workers") and value > 8 * cores:
                 die(f"{flag} is {value}, on a machine of {cores} cores: give up to {8 * cores}.")
@@ -1492,3 +1494,7 @@ if __name__ == "__main__":
         raise SystemExit("stopped: a run that has a checkpoint goes on with --resume RUN_DIR") from None
     except OSError as error:
         die(f"{error}: what was written before is kept; once that is mended, go on with --resume RUN_DIR.")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # torch's, of a CPU or GPU
+            raise
+        die(f"out of memory, {error}: give smaller sizes, the flags' help says what they count.")
