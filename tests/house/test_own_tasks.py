@@ -1,6 +1,8 @@
 """Tasks of one's own through all four scripts: the faults that real ones have, and --env-kwargs."""
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -156,3 +158,28 @@ def test_pretraining_on_random_data_gets_the_arguments_and_a_folder_of_their_own
         assert (words[words.index("--env-kwargs") + 1] if "--env-kwargs" in words else None) == text
         folders.add(words[words.index("--run-dir") + 1])
     assert len(folders) == 3
+
+
+# ---- The examples of the docs ---------------------------------------------------------------------------------------
+
+
+def test_the_docs_examples_are_played(tmp_path, monkeypatch):
+    page = (Path(grpo.__file__).parent / "docs" / "environments.md").read_text(encoding="utf-8")
+    task, wrapper, *_ = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "my_module.py").write_text(task)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with ppo.Environments(ppo.make_env("my_module:MyEnv-v0", {"speed": 0.5}), 2) as sims:
+        first = sims.reset(np.array([1, 2]))
+        observations, rewards, *_ = sims.step(np.arange(2), np.array([[1.0], [-0.5]]))
+        np.testing.assert_allclose(observations, first + [[0.5], [-0.25]])
+        np.testing.assert_allclose(rewards, -np.abs(observations[:, 0]))
+    exec(wrapper, {})
+    with grpo.Simulators(grpo.make_env("Tenfold-v0", {}), 2) as sims:
+        rewards = []
+        for env in (sims.env, gym.make("Hopper-v5")):
+            env.reset(seed=3)
+            rewards.append(env.step(np.full(3, 0.5, np.float32))[1])
+    assert rewards[0] == pytest.approx(10.0 * rewards[1])
+    for name in ("MyEnv-v0", "Tenfold-v0"):
+        del gym.registry[name]
