@@ -32,6 +32,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,9 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: the end, without a traceback
 
 import gymnasium as gym
 import numpy as np
@@ -64,6 +68,7 @@ class Args:
     """Pretrain a Decision Transformer on offline data. Fields left at None take the task's row (ROWS)."""
 
     env_id: str = "Hopper-v5"  # an environment of gymnasium, gymnasium-robotics, or MODULE:ID of your own
+    env_kwargs: str | None = None  # its arguments as JSON: '{"healthy_reward": 2.0}' [None: the data's or checkpoint's]
     dataset: str = "random"  # a Minari id, a path ending in .hdf5 (D4RL's layout), or random: uniformly random actions
     dataset_kind: DatasetKind | None = None  # kind of data, picks the row [None: read off the dataset's name]
     dataset_steps: int = 100_000  # size of the random dataset [environment steps]
@@ -475,7 +480,7 @@ def main(args: Args) -> Path:
     if args.embed_dim % args.n_heads:
         die(f"--embed-dim {args.embed_dim} is not a multiple of --n-heads {args.n_heads}: change one of them.")
     choose_run_dir(args)  # an occupied one is refused before data are collected
-    env_kwargs = maze_kwargs(args)
+    env_kwargs = choose_kwargs(args)
     env = make_env(args.env_id, env_kwargs)
     device = set_up_torch(args)
     data = load_dataset(args, env)
@@ -618,6 +623,8 @@ class D4RLRules(gym.Wrapper):
 def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> gym.Env:
     """The environment `env_id` under D4RL's rules, with flat observations. Exits with a line if it does not suit."""
     task, kwargs = task_of(env_id), dict(env_kwargs)
+    if ":" in env_id and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the module may lie in the current folder
     if render_mode:
         kwargs["render_mode"] = render_mode
     if task == "AdroitHandPen":
@@ -632,16 +639,45 @@ def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> g
     try:
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
     except Exception as error:  # gymnasium's errors, missing packages, and whatever a task's own code raises
-        die(f"cannot make the environment {env_id}: {str(error) or repr(error)}. Name one such as Hopper-v5 or Ant-v4.")
+        # where gymnasium-robotics 1.4.2 meets mujoco 3.12 or later, it asserts without a word
+        why = str(error) or f"{error!r}, as Fetch, Hand and FrankaKitchen tasks say where mujoco is 3.12 or later"
+        die(f"cannot make the environment {env_id}: {why}. Name one such as Hopper-v5 or Ant-v4.")
     actions, seen = env.action_space, env.observation_space
     parts = seen.values() if isinstance(seen, gym.spaces.Dict) and {*seen} == {*GOAL_KEYS} else [seen]
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (*parts, actions)):
         die(f"{env_id} has actions {actions} and observations {seen}: both must be flat Boxes (goal keys may stay).")
-    if not actions.is_bounded():
+    if actions.dtype.kind != "f":
+        die(f"{env_id} has actions in whole numbers, {actions}: a policy's are continuous, so give it a Box of floats.")
+    if np.abs([actions.low, actions.high]).max() > 1e30:
         die(f"{env_id} has unbounded actions {actions}: they are scaled between their bounds, so give it finite ones.")
     if env.spec.max_episode_steps is None:
         die(f"{env_id} has no time limit, so an episode might never end: register it with max_episode_steps.")
-    return D4RLRules(env)
+    env = D4RLRules(env)
+    env.kwargs = env_kwargs  # for twins
+    try:  # a step, for the old API and whatever a task's own code raises
+        first, _ = env.reset(seed=0)
+        following = env.step(actions.high)[0]
+    except Exception as error:
+        die(f"{env_id} cannot be played: {error!r}. It must be of gymnasium's API, docs/environments.md shows one.")
+    if {first.shape, following.shape} != {env.observation_space.shape}:
+        die(f"{env_id} gave an observation of shape {following.shape}, its space is {env.observation_space}: mend it.")
+    return env
+
+
+def env_kwargs_of(args: Args, known: dict | None = None) -> dict:
+    """The environment's arguments: those of --env-kwargs, or a checkpoint's (`known`), with which --env-kwargs must
+    agree."""
+    try:
+        given = json.loads(args.env_kwargs or "{}")
+    except json.JSONDecodeError:
+        given = None
+    if not isinstance(given, dict):
+        die(f"--env-kwargs is {args.env_kwargs}: give JSON, in quotes: --env-kwargs '{{\"healthy_reward\": 2.0}}'.")
+    if known is None:
+        return given
+    if known | given != known:
+        die(f"the checkpoint was made with --env-kwargs '{json.dumps(known)}': leave the flag out, or pretrain anew.")
+    return known
 
 
 def scale_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
@@ -653,7 +689,7 @@ def scale_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
 def film(env: gym.Env, env_id: str, seed: int, actions: np.ndarray, folder: Path) -> None:
     """Play the episode of `seed` again in a twin of `env`, by its actions (T, A), before a camera."""
     try:
-        camera = make_env(env_id, env.unwrapped.spec.kwargs, "rgb_array")
+        camera = make_env(env_id, env.kwargs, "rgb_array")
         camera = gym.wrappers.RecordVideo(camera, str(folder), lambda episode: True, name_prefix=f"seed-{seed}")
         camera.reset(seed=seed)
         for action in actions:
@@ -664,13 +700,19 @@ def film(env: gym.Env, env_id: str, seed: int, actions: np.ndarray, folder: Path
         print(f"cannot film {env_id}: {error}. It needs a GL library (MUJOCO_GL=egl).", file=sys.stderr)
 
 
+def check_finite(env_id: str, rewards: np.ndarray, observations: np.ndarray) -> None:
+    """Exits with a line where a task gave a reward or an observation that is not finite."""
+    for what, values in (("a reward", rewards), ("an observation", observations)):
+        if not np.isfinite(values).all():
+            die(f"{env_id} gave {what} that is not finite: mend it. If that is rare, --resume with another --seed.")
+
+
 class Environments:
     """N environments of one kind, played side by side in this process. A context manager: leaving it closes them."""
 
     def __init__(self, env: gym.Env, size: int):
         """env: of make_env, the first of them; the others are made like it."""
-        kwargs = env.unwrapped.spec.kwargs
-        self.env, self.envs = env, [env, *(make_env(env.spec.id, kwargs) for _ in range(size - 1))]
+        self.env, self.envs = env, [env, *(make_env(env.spec.id, env.kwargs) for _ in range(size - 1))]
         self.limit, self.space, self.seconds = env.spec.max_episode_steps, env.action_space, 0.0
 
     def __enter__(self) -> Environments:
@@ -690,8 +732,7 @@ class Environments:
         begun = time.perf_counter()
         outcomes = [self.envs[i].step(action)[:4] for i, action in zip(rows, scale_action(actions, self.space))]
         observations, rewards, terminated, truncated = (np.array(each) for each in zip(*outcomes))
-        if not (np.isfinite(rewards).all() and np.isfinite(observations).all()):
-            die("a reward or observation is not finite: go on with --resume and another --seed.")
+        check_finite(self.env.spec.id, rewards, observations)
         self.seconds += time.perf_counter() - begun
         return observations, rewards, terminated, truncated
 
@@ -851,7 +892,7 @@ def check_data(raw: RawData, name: str, env: gym.Env) -> None:
 def collect_random(args: Args, env: gym.Env) -> RawData:
     """Uniformly random actions in a twin of `env`, so that evaluations find that as it was made. Departure (5)."""
     rng = np.random.default_rng([args.seed, 0])
-    twin, space = make_env(env.spec.id, env.unwrapped.spec.kwargs), env.action_space
+    twin, space = make_env(env.spec.id, env.kwargs), env.action_space
     observation, _ = twin.reset(seed=int(rng.integers(2**31)))
     rows, shown = [], time.time()
     while len(rows) < args.dataset_steps:
@@ -950,15 +991,18 @@ def open_minari(dataset_id: str):
         die(f"cannot get the Minari dataset {dataset_id}: {error}. Check the id and the network.")
 
 
-def maze_kwargs(args: Args) -> dict:
-    """AntMaze's map: that of the Minari dataset, else D4RL's umaze for UMaze ids. Empty for other environments."""
-    if task_of(args.env_id) != "AntMaze":
-        return {}
+def choose_kwargs(args: Args) -> dict:
+    """The environment's arguments: D4RL's umaze for UMaze ids, those of the Minari dataset, those of --env-kwargs, the
+    later before the earlier. A run that goes on keeps its own."""
+    if args.resume:
+        return env_kwargs_of(args, load_checkpoint(args.resume)["env_kwargs"])
+    umaze = task_of(args.env_id) == "AntMaze" and "_UMaze-" in args.env_id
+    kwargs = {"maze_map": UMAZE} if umaze else {}
     if args.dataset != "random" and not args.dataset.endswith(".hdf5"):
         spec = open_minari(args.dataset).spec.env_spec
-        if spec is not None and "maze_map" in spec.kwargs:
-            return {"maze_map": spec.kwargs["maze_map"]}
-    return {"maze_map": UMAZE} if "_UMaze-" in args.env_id else {}
+        if spec is not None and task_of(spec.id) == task_of(args.env_id):
+            kwargs |= {name: value for name, value in spec.kwargs.items() if name != "render_mode"}
+    return kwargs | env_kwargs_of(args)
 
 
 # ---- 9. Run folder --------------------------------------------------------------------------------------------------
@@ -1079,7 +1123,7 @@ def mean_losses(logged: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     table = torch.stack([torch.stack(list(values.values())) for values in logged])
     table = table.cpu().numpy()  # (updates, values); the only wait for the device
     if not np.isfinite(table).all():
-        die("the loss is not finite: go on from the last checkpoint with --resume and a lower learning rate.")
+        die("the loss is not finite: lower --lr, and --resume the run if it has a checkpoint.")
     columns = dict(zip(logged[0], table.T))
     losses = {f"losses/{name}": column.mean().item() for name, column in columns.items()}
     if "ratio_mean" in columns:
@@ -1115,7 +1159,10 @@ class Log:
         if args.track:
             import wandb
 
-            wandb.init(project="online-dt-rl", name=run_dir.name, config=vars(args), sync_tensorboard=True)
+            try:
+                wandb.init(project="online-dt-rl", name=run_dir.name, config=vars(args), sync_tensorboard=True)
+            except Exception as error:  # no login, no network
+                die(f"--track: {error}. Run wandb login, set WANDB_MODE=offline, or leave it out.")
         from torch.utils.tensorboard import SummaryWriter
 
         threading.excepthook = lambda failure: None  # of TensorBoard's thread: the next write raises its error again
@@ -1245,7 +1292,8 @@ def eval_only(args: Args, players) -> None:
     film."""
     check_args(args)
     content, folder = load_checkpoint(args.eval_only), Path(args.eval_only)
-    model, env = load_model(content, set_up_torch(args), args.bf16), make_env(args.env_id, content["env_kwargs"])
+    model = load_model(content, set_up_torch(args), args.bf16)
+    env = make_env(args.env_id, env_kwargs_of(args, content["env_kwargs"]))
     film_to = (folder.parent if folder.is_file() else folder) / "videos" if args.capture_video else None
     with players(env, args.eval_episodes) as sims:
         row = evaluate(model, sims, args, content["iteration"], film_to)
@@ -1268,12 +1316,16 @@ def check_args(args: Args) -> None:
             die(f"{flag} is empty: give a value, or leave it out.")
         if type(value) in (int, float):
             fits = value > 0 or (value == 0 and name in MAY_BE_ZERO) or name == "g_online"
-            if not (fits and math.isfinite(value)) or (name in UP_TO_ONE and value > 1):
+            if not (fits and abs(value) < 2**31) or (name in UP_TO_ONE and value > 1):  # NaN is not below
                 least = "" if name == "g_online" else ", 0 or more" if name in MAY_BE_ZERO else " above 0"
-                most = ", up to 1" if name in UP_TO_ONE else ""
-                die(f"{flag} is {value}: give a finite number{least}{most}.")
+                most = "up to 1" if name in UP_TO_ONE else "below 2**31"
+                die(f"{flag} is {value}: give a finite number{least}, {most}.")
+            cores = os.cpu_count() or 1
+            if name in ("threads", "workers") and value > 8 * cores:
+                die(f"{flag} is {value}, on a machine of {cores} cores: give up to {8 * cores}.")
     for flag, wanted, package in (("track", args.track, "wandb"), ("capture-video", args.capture_video, "moviepy")):
-        if wanted and importlib.util.find_spec(package) is None:
+        found = importlib.util.find_spec(package)
+        if wanted and not (found and found.origin):  # a mere folder of that name, as wandb leaves, has none
             die(f"--{flag} needs {package}: pip install {package}.")
 
 
@@ -1313,15 +1365,24 @@ def parse_args(arguments: list[str] | None = None) -> Args:
 if __name__ == "__main__":
     if any(word.replace("_", "-") == "--capture-video" for word in sys.argv) and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # read when a camera is first made
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a ± where the terminal knows ASCII alone
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         arguments = parse_args()
         eval_only(arguments, Environments) if arguments.eval_only else main(arguments)
     except SystemExit as stop:  # tyro's code for bad usage is 2
         raise SystemExit(1 if stop.code == 2 else stop.code) from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped: a run goes on from its last checkpoint with --resume RUN_DIR") from None
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # twice is once
+        raise SystemExit("stopped: a run that has a checkpoint goes on with --resume RUN_DIR") from None
     except OSError as error:
         die(f"{error}: what was written before is kept; once that is mended, go on with --resume RUN_DIR.")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # torch's, of a CPU or GPU
+            raise
+        die(f"out of memory, {error}: give smaller sizes, the flags' help says what they count.")
 
 # What `uv run pretrain_dt.py` installs: requirements.txt.
 # /// script

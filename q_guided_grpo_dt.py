@@ -37,6 +37,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -54,6 +55,9 @@ if "torch" in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     )
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads must not spin while the simulators work,
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # only for the microseconds between two operations
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: the end, without a traceback
 
 import gymnasium as gym
 import numpy as np
@@ -77,6 +81,7 @@ class Args:
     candidate action, a reset point only the state at which it is drawn. Fields left at None take the paper's row."""
 
     env_id: str = "Hopper-v5"  # an environment of gymnasium, gymnasium-robotics, or MODULE:ID of your own
+    env_kwargs: str | None = None  # its arguments as JSON: '{"healthy_reward": 2.0}' [None: the data's or checkpoint's]
     pretrained: str | None = None  # run folder of pretrain_dt.py --save-data [None: made from random data]
     data: str | None = None  # run folder whose data.npz the critic learns from [None: that of --pretrained]
     dataset_kind: DatasetKind | None = None  # kind of data, picks the paper's row [None: the checkpoint's]
@@ -785,7 +790,7 @@ def main(args: Args) -> Path:
     offline, fingerprint = read_data(base, args)
     model = load_model(base, set_up_torch(args), args.bf16)
     run_dir = choose_run_dir(args)
-    env = make_env(args.env_id, base["env_kwargs"])
+    env = make_env(args.env_id, env_kwargs_of(args, base["env_kwargs"]))
     learner = QGuidedLearner(model, offline, args)
     iteration, env_steps, replay, rows = 0, 0, [], []
     if args.resume:
@@ -936,6 +941,8 @@ class D4RLRules(gym.Wrapper):
 def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> gym.Env:
     """The environment `env_id` under D4RL's rules, with flat observations. Exits with a line if it does not suit."""
     task, kwargs = task_of(env_id), dict(env_kwargs)
+    if ":" in env_id and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the module may lie in the current folder
     if render_mode:
         kwargs["render_mode"] = render_mode
     if task == "AdroitHandPen":
@@ -950,16 +957,45 @@ def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> g
     try:
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
     except Exception as error:  # gymnasium's errors, missing packages, and whatever a task's own code raises
-        die(f"cannot make the environment {env_id}: {str(error) or repr(error)}. Name one such as Hopper-v5 or Ant-v4.")
+        # where gymnasium-robotics 1.4.2 meets mujoco 3.12 or later, it asserts without a word
+        why = str(error) or f"{error!r}, as Fetch, Hand and FrankaKitchen tasks say where mujoco is 3.12 or later"
+        die(f"cannot make the environment {env_id}: {why}. Name one such as Hopper-v5 or Ant-v4.")
     actions, seen = env.action_space, env.observation_space
     parts = seen.values() if isinstance(seen, gym.spaces.Dict) and {*seen} == {*GOAL_KEYS} else [seen]
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (*parts, actions)):
         die(f"{env_id} has actions {actions} and observations {seen}: both must be flat Boxes (goal keys may stay).")
-    if not actions.is_bounded():
+    if actions.dtype.kind != "f":
+        die(f"{env_id} has actions in whole numbers, {actions}: a policy's are continuous, so give it a Box of floats.")
+    if np.abs([actions.low, actions.high]).max() > 1e30:
         die(f"{env_id} has unbounded actions {actions}: they are scaled between their bounds, so give it finite ones.")
     if env.spec.max_episode_steps is None:
         die(f"{env_id} has no time limit, so an episode might never end: register it with max_episode_steps.")
-    return D4RLRules(env)
+    env = D4RLRules(env)
+    env.kwargs = env_kwargs  # for twins
+    try:  # a step, for the old API and whatever a task's own code raises
+        first, _ = env.reset(seed=0)
+        following = env.step(actions.high)[0]
+    except Exception as error:
+        die(f"{env_id} cannot be played: {error!r}. It must be of gymnasium's API, docs/environments.md shows one.")
+    if {first.shape, following.shape} != {env.observation_space.shape}:
+        die(f"{env_id} gave an observation of shape {following.shape}, its space is {env.observation_space}: mend it.")
+    return env
+
+
+def env_kwargs_of(args: Args, known: dict | None = None) -> dict:
+    """The environment's arguments: those of --env-kwargs, or a checkpoint's (`known`), with which --env-kwargs must
+    agree."""
+    try:
+        given = json.loads(args.env_kwargs or "{}")
+    except json.JSONDecodeError:
+        given = None
+    if not isinstance(given, dict):
+        die(f"--env-kwargs is {args.env_kwargs}: give JSON, in quotes: --env-kwargs '{{\"healthy_reward\": 2.0}}'.")
+    if known is None:
+        return given
+    if known | given != known:
+        die(f"the checkpoint was made with --env-kwargs '{json.dumps(known)}': leave the flag out, or pretrain anew.")
+    return known
 
 
 def scale_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
@@ -971,7 +1007,7 @@ def scale_action(action: np.ndarray, space: gym.spaces.Box) -> np.ndarray:
 def film(env: gym.Env, env_id: str, seed: int, actions: np.ndarray, folder: Path) -> None:
     """Play the episode of `seed` again in a twin of `env`, by its actions (T, A), before a camera."""
     try:
-        camera = make_env(env_id, env.unwrapped.spec.kwargs, "rgb_array")
+        camera = make_env(env_id, env.kwargs, "rgb_array")
         camera = gym.wrappers.RecordVideo(camera, str(folder), lambda episode: True, name_prefix=f"seed-{seed}")
         camera.reset(seed=seed)
         for action in actions:
@@ -982,13 +1018,19 @@ def film(env: gym.Env, env_id: str, seed: int, actions: np.ndarray, folder: Path
         print(f"cannot film {env_id}: {error}. It needs a GL library (MUJOCO_GL=egl).", file=sys.stderr)
 
 
+def check_finite(env_id: str, rewards: np.ndarray, observations: np.ndarray) -> None:
+    """Exits with a line where a task gave a reward or an observation that is not finite."""
+    for what, values in (("a reward", rewards), ("an observation", observations)):
+        if not np.isfinite(values).all():
+            die(f"{env_id} gave {what} that is not finite: mend it. If that is rare, --resume with another --seed.")
+
+
 class Environments:
     """N environments of one kind, played side by side in this process. A context manager: leaving it closes them."""
 
     def __init__(self, env: gym.Env, size: int):
         """env: of make_env, the first of them; the others are made like it."""
-        kwargs = env.unwrapped.spec.kwargs
-        self.env, self.envs = env, [env, *(make_env(env.spec.id, kwargs) for _ in range(size - 1))]
+        self.env, self.envs = env, [env, *(make_env(env.spec.id, env.kwargs) for _ in range(size - 1))]
         self.limit, self.space, self.seconds = env.spec.max_episode_steps, env.action_space, 0.0
 
     def __enter__(self) -> Environments:
@@ -1008,8 +1050,7 @@ class Environments:
         begun = time.perf_counter()
         outcomes = [self.envs[i].step(action)[:4] for i, action in zip(rows, scale_action(actions, self.space))]
         observations, rewards, terminated, truncated = (np.array(each) for each in zip(*outcomes))
-        if not (np.isfinite(rewards).all() and np.isfinite(observations).all()):
-            die("a reward or observation is not finite: go on with --resume and another --seed.")
+        check_finite(self.env.spec.id, rewards, observations)
         self.seconds += time.perf_counter() - begun
         return observations, rewards, terminated, truncated
 
@@ -1141,7 +1182,7 @@ def mean_losses(logged: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     table = torch.stack([torch.stack(list(values.values())) for values in logged])
     table = table.cpu().numpy()  # (updates, values); the only wait for the device
     if not np.isfinite(table).all():
-        die("the loss is not finite: go on from the last checkpoint with --resume and a lower learning rate.")
+        die("the loss is not finite: lower --lr, and --resume the run if it has a checkpoint.")
     columns = dict(zip(logged[0], table.T))
     losses = {f"losses/{name}": column.mean().item() for name, column in columns.items()}
     if "ratio_mean" in columns:
@@ -1195,7 +1236,10 @@ class Log:
         if args.track:
             import wandb
 
-            wandb.init(project="online-dt-rl", name=run_dir.name, config=vars(args), sync_tensorboard=True)
+            try:
+                wandb.init(project="online-dt-rl", name=run_dir.name, config=vars(args), sync_tensorboard=True)
+            except Exception as error:  # no login, no network
+                die(f"--track: {error}. Run wandb login, set WANDB_MODE=offline, or leave it out.")
         from torch.utils.tensorboard import SummaryWriter
 
         threading.excepthook = lambda failure: None  # of TensorBoard's thread: the next write raises its error again
@@ -1327,7 +1371,8 @@ def pretrained_on_random(args: Args) -> Path:
     # a context of c_online and small minibatches at a large rate: quick, and groups whose members differ
     recipe = dict(updates=900, batch_size=max(1, 128 // (3 * context - 1)), lr=1e-3, dataset_steps=30_000)
     made_by = "-".join(f"{value:g}" for value in recipe.values())
-    name = f"{re.sub('[/:]', '_', args.env_id)}__{args.embed_dim}__c{context}__v2-{made_by}__{args.seed}"
+    task = re.sub(r"[^\w.-]+", "_", args.env_id + (args.env_kwargs or ""))
+    name = f"{task}__{args.embed_dim}__c{context}__v2-{made_by}__{args.seed}"
     target = Path(f"runs/pretrained/{name}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{target}.lock", "w") as lock:  # the child holds it too: if this process dies, the next one waits for it
@@ -1341,15 +1386,18 @@ def pretrained_on_random(args: Args) -> Path:
         print(f"no --pretrained given: pretraining on random data in {target}", flush=True)
         flags = dict(env_id=args.env_id, embed_dim=args.embed_dim, c_offline=context, c_online=context, seed=args.seed)
         flags = dict(env_id=args.env_id, resume=target) if begun else recipe | flags | dict(run_dir=target)
-        flags |= {"threads": args.threads} if args.threads else {}
+        flags |= {name: value for name in ("threads", "env_kwargs") if (value := getattr(args, name))}
         command = [sys.executable, str(Path(__file__).with_name("pretrain_dt.py")), "--save-data"]
         command += ["--cuda" if args.cuda else "--no-cuda", "--bf16" if args.bf16 else "--no-bf16"]
         command += [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
         inherited = [lock.fileno()] if os.name == "posix" else []
-        if subprocess.run(command, pass_fds=inherited).returncode:
+        code = subprocess.run(command, pass_fds=inherited).returncode
+        if code:
             if not (target / "checkpoint.pt").exists():
                 shutil.rmtree(target, ignore_errors=True)
-            die("pretraining on random data failed, see above: mend it, or give --pretrained.")
+            if code == 1:  # it has said why
+                raise SystemExit(1)
+            die(f"pretraining on random data ended with code {code}: run this again, or give --pretrained.")
     return target
 
 
@@ -1375,7 +1423,8 @@ def eval_only(args: Args, players) -> None:
     film."""
     check_args(args)
     content, folder = load_checkpoint(args.eval_only), Path(args.eval_only)
-    model, env = load_model(content, set_up_torch(args), args.bf16), make_env(args.env_id, content["env_kwargs"])
+    model = load_model(content, set_up_torch(args), args.bf16)
+    env = make_env(args.env_id, env_kwargs_of(args, content["env_kwargs"]))
     film_to = (folder.parent if folder.is_file() else folder) / "videos" if args.capture_video else None
     with players(env, args.eval_episodes) as sims:
         row = evaluate(model, sims, args, content["iteration"], film_to)
@@ -1398,12 +1447,16 @@ def check_args(args: Args) -> None:
             die(f"{flag} is empty: give a value, or leave it out.")
         if type(value) in (int, float):
             fits = value > 0 or (value == 0 and name in MAY_BE_ZERO) or name == "g_online"
-            if not (fits and math.isfinite(value)) or (name in UP_TO_ONE and value > 1):
+            if not (fits and abs(value) < 2**31) or (name in UP_TO_ONE and value > 1):  # NaN is not below
                 least = "" if name == "g_online" else ", 0 or more" if name in MAY_BE_ZERO else " above 0"
-                most = ", up to 1" if name in UP_TO_ONE else ""
-                die(f"{flag} is {value}: give a finite number{least}{most}.")
+                most = "up to 1" if name in UP_TO_ONE else "below 2**31"
+                die(f"{flag} is {value}: give a finite number{least}, {most}.")
+            cores = os.cpu_count() or 1
+            if name in ("threads", "workers") and value > 8 * cores:
+                die(f"{flag} is {value}, on a machine of {cores} cores: give up to {8 * cores}.")
     for flag, wanted, package in (("track", args.track, "wandb"), ("capture-video", args.capture_video, "moviepy")):
-        if wanted and importlib.util.find_spec(package) is None:
+        found = importlib.util.find_spec(package)
+        if wanted and not (found and found.origin):  # a mere folder of that name, as wandb leaves, has none
             die(f"--{flag} needs {package}: pip install {package}.")
 
 
@@ -1443,15 +1496,24 @@ def parse_args(arguments: list[str] | None = None) -> Args:
 if __name__ == "__main__":
     if any(word.replace("_", "-") == "--capture-video" for word in sys.argv) and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # read when a camera is first made
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a ± where the terminal knows ASCII alone
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         arguments = parse_args()
         eval_only(arguments, Environments) if arguments.eval_only else main(arguments)
     except SystemExit as stop:  # tyro's code for bad usage is 2
         raise SystemExit(1 if stop.code == 2 else stop.code) from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped: a run goes on from its last checkpoint with --resume RUN_DIR") from None
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # twice is once
+        raise SystemExit("stopped: a run that has a checkpoint goes on with --resume RUN_DIR") from None
     except OSError as error:
         die(f"{error}: what was written before is kept; once that is mended, go on with --resume RUN_DIR.")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # torch's, of a CPU or GPU
+            raise
+        die(f"out of memory, {error}: give smaller sizes, the flags' help says what they count.")
 
 # What `uv run q_guided_grpo_dt.py` installs: requirements.txt.
 # /// script

@@ -287,6 +287,24 @@ def test_the_buffer_keeps_the_last_iterations():
     assert [one is kept for one, (kept, _) in zip(later, learner.replay)] == [True] * 4
 
 
+@CONTEXTS
+@torch.no_grad()
+def test_old_log_probabilities_of_any_length_are_each_trajectorys_own_and_take_few_sizes_of_batch(context):
+    """In bf16 on a CPU each number of rows costs memory for good."""
+    learner = filled_learner(c_online=context, n_trajectories=3)
+    sizes = []
+    learner.model.register_forward_pre_hook(lambda model, given: sizes.append(len(given[0])))
+    trajectories = [trajectory for trajectory, _ in learner.replay]
+    learner.replay.clear()
+    learner.remember(trajectories)
+    assert sizes == [128 * math.ceil(len(trajectory.rewards) / 128) for trajectory in trajectories]
+    for trajectory, old in learner.replay:
+        fields = [torch.from_numpy(field)[None] for field in trajectory[:5]]
+        sub = Batch(*fields, *[torch.zeros(1, len(trajectory.rewards))] * 3)
+        expected = log_prob(distribution(learner.model, sub), sub.u)[0]
+        np.testing.assert_allclose(old, expected, rtol=1e-5, atol=1e-5)
+
+
 # ---- Ratio, loss and update -----------------------------------------------------------------------------------------
 
 

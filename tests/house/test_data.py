@@ -20,13 +20,13 @@ from pretrain_dt import (
     Args,
     Dataset,
     RawData,
+    choose_kwargs,
     collect_random,
     cut_trajectories,
     draw_windows,
     fingerprint,
     load_dataset,
     make_env,
-    maze_kwargs,
     pretraining_facts,
     start_or_resume,
 )
@@ -409,16 +409,27 @@ def test_minari_antmaze_is_read_as_31_columns_and_brings_its_own_map(minari_root
     for piece, buffer in zip(np.split(data.observations, [4]), buffers):
         expected = np.concatenate([buffer.observations[key][:-1] for key in keys], axis=1)
         np.testing.assert_array_equal(piece, expected.astype(np.float32))
-    kwargs = maze_kwargs(Args(env_id="AntMaze_UMaze-v4", dataset="test/maze-v0"))
-    assert kwargs == {"maze_map": turned}
+    kwargs = choose_kwargs(Args(env_id="AntMaze_UMaze-v4", dataset="test/maze-v0"))
+    assert kwargs == {"maze_map": turned, "continuing_task": True, "reward_type": "sparse"}
     observation, _ = make_env("AntMaze_UMaze-v4", kwargs).reset(seed=0)
     assert np.abs(observation[:2] - (4, -4)).max() <= 1 and np.abs(observation[-2:] - (4, 4)).max() <= 1
 
 
 def test_other_data_take_d4rls_umaze_for_umaze_ids_only():
-    assert maze_kwargs(Args(env_id="AntMaze_UMaze-v4")) == {"maze_map": UMAZE}
-    assert maze_kwargs(Args(env_id="AntMaze_UMaze-v5", dataset="x.hdf5")) == {"maze_map": UMAZE}
-    assert maze_kwargs(Args(env_id="AntMaze_Medium-v4")) == maze_kwargs(Args(env_id="Ant-v4")) == {}
+    assert choose_kwargs(Args(env_id="AntMaze_UMaze-v4")) == {"maze_map": UMAZE}
+    assert choose_kwargs(Args(env_id="AntMaze_UMaze-v5", dataset="x.hdf5")) == {"maze_map": UMAZE}
+    assert choose_kwargs(Args(env_id="AntMaze_Medium-v4")) == choose_kwargs(Args(env_id="Ant-v4")) == {}
+
+
+def test_a_minari_datasets_arguments_are_the_environments_but_for_the_flags(minari_root):
+    env = gym.make("Hopper-v5", healthy_reward=2.0, terminate_when_unhealthy=False, render_mode="rgb_array")
+    minari_dataset("test/hopper-v0", env, [dict(steps=5)])
+    args = Args(env_id="Hopper-v5", dataset="test/hopper-v0")
+    assert choose_kwargs(args) == {"healthy_reward": 2.0, "terminate_when_unhealthy": False}
+    args.env_kwargs = '{"healthy_reward": 3.0}'
+    assert choose_kwargs(args) == {"healthy_reward": 3.0, "terminate_when_unhealthy": False}
+    args.env_id = "Walker2d-v5"  # the set's are another task's
+    assert choose_kwargs(args) == {"healthy_reward": 3.0}
 
 
 def test_minari_episodes_of_t_instead_of_t_plus_1_observations_are_refused(minari_root):
@@ -585,7 +596,7 @@ class Counter(gym.Env):
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
     action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
-    episode = -1
+    episode = -2  # the first is that of make_env
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)

@@ -3,6 +3,7 @@ gymnasium. All scripts have the same text of these; here it is that of ppo_dt_co
 
 import functools
 import math
+import sys
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -350,6 +351,8 @@ UNSUITED = {  # name: observations, actions
     "Buttons": (box(3), gym.spaces.Discrete(2)),
     "Unbounded": (box(3), box(2)),
     "HalfBounded": (box(3), gym.spaces.Box(0.0, np.inf, (2,), np.float32)),
+    "LargestBounds": (box(3), box(2, bound=np.finfo(np.float32).max)),
+    "WholeNumbers": (box(3), gym.spaces.Box(0, 8, (2,), np.int64)),
     "ActionGrid": (box(3), box(2, 2, bound=1.0)),
     "OtherKeys": (gym.spaces.Dict(camera=box(2), joints=box(3)), box(2, bound=1.0)),
     "GoalImages": (gym.spaces.Dict(GOALS | {"observation": box(4, 4)}), box(2, bound=1.0)),
@@ -385,6 +388,9 @@ def test_goal_keys_are_laid_out_in_their_order_and_copied(registered):
         def reset(self, **kwargs):
             self.keys = {key: np.full(space.shape, i) for i, (key, space) in enumerate(GOALS.items())}
             return self.keys, {}
+
+        def step(self, action):
+            return self.keys, 0.0, False, False, {}
 
     env = make_env(registered(Goals), {})
     assert env.observation_space.shape == (8,)
@@ -423,6 +429,75 @@ def test_render_mode_is_passed_for_a_film_alone(registered):
     assert make_env("Hopper-v5", kwargs).render_mode is None
     assert make_env("Hopper-v5", kwargs, "rgb_array").render_mode == "rgb_array"
     assert kwargs == {}
+
+
+class WithoutSeed(gym.Env):
+    """gym's API before 0.26: observations alone at reset, four values a step."""
+
+    observation_space, action_space = box(3), box(2, bound=1.0)
+
+    def reset(self):
+        return np.zeros(3)
+
+    def step(self, action):
+        return np.zeros(3), 0.0, False, {}
+
+
+class ObservationAlone(WithoutSeed):
+    def reset(self, seed=None, options=None):
+        return np.zeros(3)
+
+
+class FourValues(WithoutSeed):
+    def reset(self, seed=None, options=None):
+        return np.zeros(3), {}
+
+
+class Columns(FourValues):
+    """Of the API of today, with observations that are not of their space."""
+
+    def step(self, action):
+        return np.zeros((3, 1)), 0.0, False, False, {}
+
+
+@pytest.mark.parametrize("task", [WithoutSeed, ObservationAlone, FourValues, Columns], ids=lambda task: task.__name__)
+def test_an_environment_that_cannot_be_played_is_one_line(task, registered, refused):
+    env_id = registered(task)
+    with refused(env_id, "(3,)" if task is Columns else "docs/environments.md"):
+        make_env(env_id, {})
+
+
+def test_the_module_of_ones_own_task_may_lie_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    entry_point = "gymnasium.envs.classic_control.pendulum:PendulumEnv"
+    register = f"gymnasium.register('Found-v0', '{entry_point}', max_episode_steps=7)"
+    (tmp_path / "module_that_lies_here.py").write_text(f"import gymnasium\n{register}\n")
+    with Environments(make_env("module_that_lies_here:Found-v0", {"g": 5.0}), 2) as sims:
+        assert sims.limit == 7 and [env.unwrapped.g for env in sims.envs] == [5.0, 5.0]
+    del gym.registry["Found-v0"]
+
+
+@pytest.mark.parametrize("text", ["healthy_reward=2", "[1]", "{'healthy_reward': 2}", "2", "null"])
+def test_arguments_that_are_no_json_object_are_refused(text, refused):
+    with refused("--env-kwargs", text):
+        script.env_kwargs_of(script.Args(env_kwargs=text))
+
+
+def test_a_checkpoints_arguments_are_kept_and_others_refused(refused):
+    known = {"healthy_reward": 2.0, "maze_map": [[1, "r"]]}
+    for text in (None, "{}", '{"healthy_reward": 2}', '{"maze_map": [[1, "r"]]}'):
+        assert script.env_kwargs_of(script.Args(env_kwargs=text), known) == known
+    for text in ('{"healthy_reward": 3.0}', '{"frame_skip": 4}'):
+        with refused("--env-kwargs", '"healthy_reward": 2.0'):
+            script.env_kwargs_of(script.Args(env_kwargs=text), known)
+
+
+def test_a_time_limit_among_the_arguments_is_that_of_all_environments():
+    with Environments(make_env("Pendulum-v1", {"max_episode_steps": 3}), 2) as sims:
+        sims.reset(np.array([1, 2]))
+        ends = [sims.step(np.arange(2), np.zeros((2, 1)))[3].tolist() for _ in range(3)]
+    assert (sims.limit, ends) == (3, [[False, False]] * 2 + [[True, True]])
 
 
 # ---- Side by side ---------------------------------------------------------------------------------------------------
@@ -547,7 +622,7 @@ def test_what_is_not_finite_ends_in_a_line(value, where, registered, refused):
         sims.reset(np.array([1, 2]))
         for _ in range(2):
             sims.step(np.arange(2), np.zeros((2, 2)))
-        with refused("--seed"):
+        with refused(env.spec.id, where, "--seed"):
             sims.step(np.arange(2), np.zeros((2, 2)))
 
 
@@ -586,5 +661,3 @@ def test_actions_are_scaled_from_low_to_high_in_the_type_of_the_box():
         scaled = scale_action(actions, gym.spaces.Box(low.astype(dtype), high.astype(dtype), dtype=dtype))
         assert scaled.dtype == dtype
         np.testing.assert_array_equal(scaled, expected)
-    whole = scale_action(actions[:, :2], gym.spaces.Box(0, 8, (2,), np.int64))
-    assert whole.dtype == np.int64 and whole.tolist() == [[0, 0], [8, 8], [4, 6], [5, 2]]

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -18,6 +19,7 @@ import pretrain_dt
 from pretrain_dt import load_checkpoint, load_model, main, parse_args
 
 SCRIPT = Path(pretrain_dt.__file__).resolve()
+FINETUNING = ["grpo_dt_continuous", "ppo_dt_continuous", "q_guided_grpo_dt"]
 TOY = dict(embed_dim=16, n_layers=2, n_heads=2, batch_size=8, dataset_steps=300, updates=4, log_every=2)
 TOY |= dict(eval_episodes=1, threads=1)
 
@@ -37,7 +39,7 @@ def run(*arguments):
 def script(*arguments, code=None, **kwargs):
     """The command in a process of its own. code: Python that stands in for the script."""
     command = [sys.executable, *(["-c", code] if code else [str(SCRIPT)]), *map(str, arguments)]
-    env = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
+    env = os.environ | {"PYTHONPATH": str(SCRIPT.parent), "PYTHONIOENCODING": "ascii"}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, **kwargs)
 
 
@@ -196,6 +198,7 @@ def test_a_disk_full_at_the_first_checkpoint_is_one_line_and_the_run_can_start_a
     folder = tmp_path / "run"
     done = script(*toy_flags(run_dir=folder), preexec_fn=file_size_limit(20_000))
     assert_one_line(done, "File too large")
+    assert re.search(r" [\d.]+ \\xb1 [\d.]+,", done.stdout)  # return 12.3 ± 4.5, where a terminal knows ASCII alone
     assert not {"checkpoint.pt", "checkpoint.tmp"} & set(content_of(folder))
     assert_loads(run(*toy_flags(run_dir=folder)), 4)
 
@@ -243,19 +246,34 @@ def test_kill_9_halfway_through_a_checkpoint_leaves_the_one_before_whole(older):
     assert "checkpoint.tmp" not in content_of(older)
 
 
-def test_ctrl_c_ends_with_a_line_and_the_run_goes_on(tmp_path):
+def heed_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the background jobs of a shell ignore it
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at what a process has loaded")
+@pytest.mark.parametrize("name", ["pretrain_dt", *(pytest.param(n, marks=pytest.mark.slow) for n in FINETUNING)])
+def test_ctrl_c_during_the_imports_is_no_traceback(name):
+    command = [sys.executable, str(SCRIPT.with_name(f"{name}.py")), "--help"]
+    with subprocess.Popen(command, preexec_fn=heed_ctrl_c, stdout=-1, stderr=-1, text=True) as process:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():  # in the midst of them
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == -signal.SIGINT
+
+
+def test_ctrl_c_even_twice_ends_with_a_line_and_the_run_goes_on(tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-u", str(SCRIPT), *toy_flags(run_dir=folder, updates=100_000)]
-
-    def heed_ctrl_c():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the background jobs of a shell ignore it
-
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen(command, preexec_fn=heed_ctrl_c, **pipes) as process:
         try:
             for line in process.stdout:
                 if re.match(r" *4/100000 ", line):  # the checkpoint of update 2 is there
                     break
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.1)
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=60)
         finally:

@@ -1,10 +1,12 @@
 """Faults found from outside: foreign folders and checkpoints, empty flags, automatic pretraining broken off."""
 
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 import zipfile
 from pathlib import Path
 
@@ -53,6 +55,54 @@ def test_a_discount_above_1_is_refused(script, refused):
     with refused("--gamma", "1.01"):
         script.check_args(script.Args(gamma=1.01))
     script.check_args(script.Args(gamma=1.0))
+
+
+@SCRIPTS
+def test_more_threads_or_workers_than_the_machine_could_use_are_refused(script, refused):
+    most = 8 * os.cpu_count()
+    for name in ("threads", "workers") if script is grpo else ("threads",):
+        script.check_args(script.Args(**{name: most}))
+        with refused(f"--{name}", str(most)):
+            script.check_args(script.Args(**{name: most + 1}))
+
+
+# ---- What is not there ----------------------------------------------------------------------------------------------
+
+
+@SCRIPTS
+def test_no_module_of_posix_alone_is_needed(script, tmp_path, monkeypatch):
+    for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    spec = importlib.util.spec_from_file_location("script_without_posix", script.__file__)
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, again)
+    spec.loader.exec_module(again)
+    args = again.Args(env_id="module:Own/Task-v0")
+    folder = again.choose_run_dir(args)
+    assert not set(folder.name) & set(':/\\<>"|?*')
+    again.claim(folder, args).close()
+    assert (folder / ".lock").exists()
+
+
+@SCRIPTS
+@pytest.mark.parametrize("flag, package", [("track", "wandb"), ("capture_video", "moviepy")])
+def test_a_mere_folder_of_a_packages_name_is_not_that_package(script, flag, package, tmp_path, refused, monkeypatch):
+    (tmp_path / package).mkdir()  # as wandb leaves one where it has run
+    monkeypatch.syspath_prepend(tmp_path)
+    with refused(f"--{flag.replace('_', '-')}", f"pip install {package}"):
+        script.check_args(script.Args(**{flag: True}))
+
+
+@SCRIPTS
+def test_tracking_without_a_login_is_one_line(script, tmp_path, refused, monkeypatch):
+    def init(**_):
+        raise RuntimeError("api_key not configured (no-tty).\ncall wandb.login(key=[your_api_key])")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with refused("--track", "api_key not configured", "wandb login"):
+        script.Log(tmp_path / "run", script.Args(track=True, threads=1), 1, [])
+    script.choose_run_dir(script.Args(run_dir="run"))  # may begin again
 
 
 # ---- Run folders ----------------------------------------------------------------------------------------------------
@@ -228,9 +278,18 @@ def test_where_its_parent_was_killed_the_next_run_waits_for_the_child_and_takes_
 
 
 @FINETUNING
-def test_pretraining_that_fails_is_one_line_and_leaves_no_folder(script, stand_in, tmp_path, refused):
+def test_pretraining_that_fails_is_one_line_its_own_and_leaves_no_folder(script, stand_in, tmp_path, capfd):
     copy = stand_in(script)
-    copy.with_name("pretrain_dt.py").write_text("raise SystemExit(1)")
+    copy.with_name("pretrain_dt.py").write_text("raise SystemExit('error: no such task')")
+    with pytest.raises(SystemExit) as stop:
+        script.pretrained_on_random(script.Args(embed_dim=16))
+    assert (stop.value.code, capfd.readouterr().err) == (1, "error: no such task\n")
+    assert not any(path.is_dir() for path in (tmp_path / "runs" / "pretrained").iterdir())
+
+
+@FINETUNING
+def test_pretraining_that_is_killed_is_one_line(script, stand_in, refused):
+    copy = stand_in(script)
+    copy.with_name("pretrain_dt.py").write_text("import os\nos.kill(os.getpid(), 9)")
     with refused("--pretrained"):
         script.pretrained_on_random(script.Args(embed_dim=16))
-    assert not any(path.is_dir() for path in (tmp_path / "runs" / "pretrained").iterdir())

@@ -428,16 +428,23 @@ class Flags(HopperEnv):
 
 
 class NotANumber(Revalued):
-    """Of the first episode only, in which the simulators' own copy stays."""
+    """Gives one in the first episode, in which the simulators' own copy stays, or in all later ones."""
 
     episodes = 0
+
+    def __init__(self, where, first, **kwargs):
+        self.where, self.first = where, first
+        super().__init__(**kwargs)
 
     def reset_model(self):
         self.episodes += 1
         return super().reset_model()
 
-    def outcome(self, action, observation, *rest):
-        return observation * (np.nan if self.episodes == 1 else 1.0), *rest
+    def outcome(self, action, observation, reward, *rest):
+        factor = np.nan if self.first == (self.episodes == 1) else 1.0
+        if self.where == "reward":
+            return observation, reward * factor, *rest
+        return observation * factor, reward, *rest
 
 
 class TargetSpeedOfOneStep(TargetSpeed):
@@ -478,7 +485,15 @@ class EndsInTheThirdStep(Revalued):
         return observation, reward, self.data.time > 0.12, *rest[1:]
 
 
-REFUSED = [TargetSpeed, Direction, Friction, Noise, SmoothActions, Flags, NotANumber, TargetSpeedOfOneStep]
+class DrawnGoal(GoalTuple):
+    """A goal that is drawn, in a tuple, which no snapshot holds."""
+
+    def reset_model(self):
+        self.goal = tuple(self.np_random.uniform(-2.0, 2.0, 2))
+        return super().reset_model()
+
+
+REFUSED = [TargetSpeed, Direction, Friction, Noise, SmoothActions, Flags, DrawnGoal, TargetSpeedOfOneStep]
 
 
 @pytest.mark.parametrize("task", REFUSED, ids=lambda task: task.__name__)
@@ -486,6 +501,14 @@ def test_a_task_that_keeps_state_where_a_snapshot_does_not_reach_is_refused_at_t
     env_id = own(task)
     with refused(env_id, "live_arrays", "ppo_dt_continuous.py"):
         Simulators(make_env(env_id, {}), 2, 0)
+
+
+@pytest.mark.parametrize("where", ["reward", "observation"])
+def test_what_is_not_finite_is_called_that_and_no_instability(where, refused):
+    for first in (True, False):  # in the copy that plays, and in the environment itself
+        env = make_env(own(NotANumber), {"where": where, "first": first})
+        with refused("NotANumber-v0", where, "not finite"):
+            Simulators(env, 2, 0)
 
 
 def test_a_task_cut_short_before_the_proof_could_see_more_is_still_looked_at(refused):
