@@ -261,7 +261,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         values = {name: cell for name, cell in zip(header, cells) if cell and name in NUMBERS}
         rows.append({name: float(cell) for name, cell in values.items()})
         if not all(abs(value) < 1e15 for value in rows[-1].values()):
-            raise ValueError(f"line {number} has values that are not finite")
+            raise ValueError(f"line {number} has values that are not finite or beyond 1e15")
     iterations = [0, *(row.get("iteration", math.nan) for row in rows)]
     if not all(before <= now and now % 1 == 0 for before, now in itertools.pairwise(iterations)):
         raise ValueError("its iterations do not count up")
