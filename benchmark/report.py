@@ -218,6 +218,8 @@ def settings_that_differ(method: str, task: str, kind: str, args: dict) -> str:
         if ours is not None and not (number and math.isclose(ours, paper)):
             said = f"{ours:g}" if number else f"{ours!r}"
             parts.append(name if name in ABLATIONS else f"{name} {said} ({paper:g})")
+    if args.get("env_kwargs"):  # another environment than the paper's
+        parts.append(f"env_kwargs {args['env_kwargs']}".replace(", ", ","))
     return ", ".join(parts)
 
 

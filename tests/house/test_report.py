@@ -288,6 +288,8 @@ def test_settings_are_held_against_the_papers_tables():
     assert differs("grpo_dt", "Hopper", "random", group_size=8, buffer_size=64) == "buffer_size 64 (2048)"
     assert differs("q_guided_grpo_dt", "Ant", "medium-replay", lr=5e-5) == "lr 5e-05 (1e-05)"
     assert report.settings_that_differ("grpo_dt", "Hopper", "random", {}) == "unknown"
+    changed = hopper(env_kwargs='{"healthy_reward": 2, "x": 1}', delta_r=None)
+    assert differs("grpo_dt", "Hopper", "random", **changed) == 'env_kwargs {"healthy_reward": 2,"x": 1}'
 
 
 def test_runs_of_different_settings_are_not_averaged_and_the_papers_stand_in_the_table(tmp_path):
