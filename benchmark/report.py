@@ -218,6 +218,8 @@ def settings_that_differ(method: str, task: str, kind: str, args: dict) -> str:
         if ours is not None and not (number and math.isclose(ours, paper)):
             said = f"{ours:g}" if number else f"{ours!r}"
             parts.append(name if name in ABLATIONS else f"{name} {said} ({paper:g})")
+    if args.get("env_kwargs"):  # another environment than the paper's
+        parts.append(f"env_kwargs {args['env_kwargs']}".replace(", ", ","))
     return ", ".join(parts)
 
 
@@ -261,7 +263,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         values = {name: cell for name, cell in zip(header, cells) if cell and name in NUMBERS}
         rows.append({name: float(cell) for name, cell in values.items()})
         if not all(abs(value) < 1e15 for value in rows[-1].values()):
-            raise ValueError(f"line {number} has values that are not finite")
+            raise ValueError(f"line {number} has values that are not finite or beyond 1e15")
     iterations = [0, *(row.get("iteration", math.nan) for row in rows)]
     if not all(before <= now and now % 1 == 0 for before, now in itertools.pairwise(iterations)):
         raise ValueError("its iterations do not count up")

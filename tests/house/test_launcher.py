@@ -344,9 +344,12 @@ def test_a_fault_of_the_launcher_itself_leaves_no_orphans(place, monkeypatch):
             raise RuntimeError("a bug")
 
     monkeypatch.setattr(launching, "show", show)
-    with pytest.raises(RuntimeError, match="a bug"):
-        launching.launch()
-    assert not alive("a__1") and not alive("b__1") and launching.running == {}
+    try:
+        with pytest.raises(RuntimeError, match="a bug"):
+            launching.launch()
+        assert not alive("a__1") and not alive("b__1") and launching.running == {}
+    finally:
+        Path("hang").unlink()
 
 
 def test_a_file_system_without_locks_is_no_other_process(place, monkeypatch):

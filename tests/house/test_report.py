@@ -288,6 +288,8 @@ def test_settings_are_held_against_the_papers_tables():
     assert differs("grpo_dt", "Hopper", "random", group_size=8, buffer_size=64) == "buffer_size 64 (2048)"
     assert differs("q_guided_grpo_dt", "Ant", "medium-replay", lr=5e-5) == "lr 5e-05 (1e-05)"
     assert report.settings_that_differ("grpo_dt", "Hopper", "random", {}) == "unknown"
+    changed = hopper(env_kwargs='{"healthy_reward": 2, "x": 1}', delta_r=None)
+    assert differs("grpo_dt", "Hopper", "random", **changed) == 'env_kwargs {"healthy_reward": 2,"x": 1}'
 
 
 def test_runs_of_different_settings_are_not_averaged_and_the_papers_stand_in_the_table(tmp_path):
@@ -460,6 +462,7 @@ NAME = "grpo_dt__Hopper-random__d__1"
         ("metrics.csv", b"\xff\xfe\n", "can't decode byte 0xff"),
         ("metrics.csv", b"iteration,eval/normalized_score\nnan,1\n", "line 2 has values that are not finite"),
         ("metrics.csv", b"iteration,eval/normalized_score\n1,inf\n", "line 2 has values that are not finite"),
+        ("metrics.csv", b"iteration,eval/normalized_score\n1,1e300\n", "line 2 has values that are not"),
         ("metrics.csv", b"iteration,eval/normalized_score\n1.5,1\n", "its iterations do not count up"),
         ("metrics.csv", b"iteration,eval/normalized_score\n1,1\n2,2,2\n", "line 3 has 3 cells, not 2"),
         ("metrics.csv", b"iteration,eval/normalized_score\n2,1\n1,2\n", "its iterations do not count up"),
