@@ -1476,7 +1476,7 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     if args.resume and (args.eval_only or content["script"] != Path(__file__).stem):
         die(f"{path} is a run of {content['script']}.py: resume it with that script, without --eval-only.")
     if args.resume and not isinstance(content.get("rows"), list):
-        die(f"{path} is of an older version: start a new run.")
+        die(f"{path} holds weights alone or is of an older version: start a new run.")
     if ":" in content["env_id"] and args.env_id != content["env_id"]:  # gym.make would import what stands before it
         die(f"{path} imports a module, {content['env_id']}: if you trust it, give --env-id {content['env_id']}.")
     values = content["args"] | {"env_id": content["env_id"]}
