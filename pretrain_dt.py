@@ -988,7 +988,8 @@ def open_minari(dataset_id: str):
         print(f"downloading {dataset_id}, {size} MB, to {path}", flush=True)
         return minari.load_dataset(dataset_id, download=True)
     except Exception as error:  # Minari raises ValueError, FileNotFoundError, bare connection errors and more
-        die(f"cannot get the Minari dataset {dataset_id}: {error}. Check the id and the network.")
+        local = get_dataset_path()
+        die(f"cannot get the Minari dataset {dataset_id}: {error}. Local ones lie in {local}; check the network.")
 
 
 def choose_kwargs(args: Args) -> dict:

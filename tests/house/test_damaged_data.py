@@ -233,7 +233,7 @@ MINARI_DAMAGE = {
     "a row less": change_episode(lambda episode: episode["actions"].resize(19, axis=0)),
     "a reward less": change_episode(lambda episode: episode["rewards"].resize(19, axis=0)),
     "an observation less": change_episode(lambda episode: episode["observations"].resize(20, axis=0)),
-    "10^10 actions": change_episode(lambda episode: episode["actions"].resize(10**11, axis=0)),
+    "2^60 actions": change_episode(lambda episode: episode["actions"].resize(2**60, axis=0)),
 }
 
 

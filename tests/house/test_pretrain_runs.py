@@ -356,22 +356,22 @@ def test_a_row_is_the_mean_over_the_updates_since_the_row_before(whole, tmp_path
 
 
 def test_between_its_rows_the_console_has_a_line_after_5_seconds_then_every_30(tmp_path, monkeypatch, capsys):
-    quick = main(toy_args(updates=80, log_every=50, run_dir=str(tmp_path / "quick")))
+    quick = main(toy_args(updates=40, log_every=25, run_dir=str(tmp_path / "quick")))
     clock, update = [0.0], pretrain_dt.Learner.update
 
-    def takes_a_second(learner, *given):
-        clock[0] += 1.0
+    def takes_2_seconds(learner, *given):
+        clock[0] += 2.0
         update(learner, *given)
 
-    monkeypatch.setattr(pretrain_dt.Learner, "update", takes_a_second)
+    monkeypatch.setattr(pretrain_dt.Learner, "update", takes_2_seconds)
     monkeypatch.setattr(
         pretrain_dt, "time", types.SimpleNamespace(time=lambda: clock[0], perf_counter=time.perf_counter)
     )
     capsys.readouterr()
-    slow = main(toy_args(updates=80, log_every=50, run_dir=str(tmp_path / "slow")))
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "/80 " in line]
-    assert [line[0] for line in lines] == ["6/80", "37/80", "50/80", "80/80"]  # 50 is a row, 80 the evaluation
-    assert [row[0] for row in learning_columns(slow)[1:]] == ["50", "80"]
+    slow = main(toy_args(updates=40, log_every=25, run_dir=str(tmp_path / "slow")))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "/40 " in line]
+    assert [line[0] for line in lines] == ["3/40", "19/40", "25/40", "40/40"]  # 25 is a row, 40 the evaluation
+    assert [row[0] for row in learning_columns(slow)[1:]] == ["25", "40"]
     assert_same_run(slow, quick)  # lines are lines
 
 
