@@ -15,6 +15,7 @@ import difflib
 import hashlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,7 @@ def main() -> None:
     workers = min(cores, len(names) * len(args.seeds))
     environment = {"WORKERS": str(workers)} | os.environ | {"SEEDS": " ".join(map(str, args.seeds))}
     launch = [sys.executable, str(HERE / "run.py")]
+    signal.signal(signal.SIGINT, lambda *_: None)  # at Ctrl-C run.py ends its runs, and this goes on below
     done = subprocess.run(launch, input="\n".join(lines), text=True, env=environment)
     if done.returncode:
         raise SystemExit(done.returncode)

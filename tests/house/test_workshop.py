@@ -45,8 +45,8 @@ def run_notebook(monkeypatch, settings: str) -> dict:
 
     monkeypatch.setattr(sys, "path", [*sys.path])
     names = {"__name__": "__main__"}
-    pyplot.close("all")
-    with matplotlib.rc_context({"backend": "agg"}):
+    pyplot.switch_backend("agg")  # closes all figures
+    with matplotlib.rc_context():
         for cell in CODE:
             source = "".join(cell["source"])
             exec(compile(source, cell["id"], "exec"), names)
