@@ -5,6 +5,7 @@ import csv
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -97,12 +98,12 @@ def test_the_notebook_runs_at_toy_size_and_shows_what_it_says(pretrained, monkey
 
 @pytest.mark.slow
 def test_the_notebook_runs_as_it_is_in_a_quarter_of_an_hour(monkeypatch):
-    begun = time.time()
+    begun = sum(os.times()[:4])  # processor seconds, of pretraining too: other work on the machine does not count
     names = run_notebook(monkeypatch, "")
     check_pictures(names)
     assert names["args"].l_traj == 15 and len(names["spread"]) == 64
     assert list(Path("runs/pretrained").glob("Hopper-v5__128__*/checkpoint.pt"))
-    assert time.time() - begun < 900
+    assert sum(os.times()[:4]) - begun < 900
 
 
 def test_the_notebook_is_kept_with_its_pictures_and_small():
@@ -121,7 +122,7 @@ def test_the_notebook_is_kept_with_its_pictures_and_small():
 def solutions() -> dict[str, str]:
     """The script with the change of each exercise, by the name of the copy that the page gives it."""
     found = {}
-    for name, text in re.findall(r"<summary>Solution: `(\w+)\.py`</summary>\n(.*?)</details>", PAGE, re.DOTALL):
+    for name, text in re.findall(r"<summary>Solution: <code>(\w+)\.py</code></summary>\n(.*?)</details>", PAGE, re.DOTALL):
         changed = (ROOT / "grpo_dt_continuous.py").read_text(encoding="utf-8")
         blocks = re.findall(r"```diff\n(.*?)```", text, re.DOTALL)
         for part in filter(None, re.split(r"^@@.*\n", "".join(blocks), flags=re.MULTILINE)):
