@@ -122,7 +122,8 @@ def test_the_notebook_is_kept_with_its_pictures_and_small():
 def solutions() -> dict[str, str]:
     """The script with the change of each exercise, by the name of the copy that the page gives it."""
     found = {}
-    for name, text in re.findall(r"<summary>Solution: <code>(\w+)\.py</code></summary>\n(.*?)</details>", PAGE, re.DOTALL):
+    folded = r"<summary>Solution: <code>(\w+)\.py</code></summary>\n(.*?)</details>"
+    for name, text in re.findall(folded, PAGE, re.DOTALL):
         changed = (ROOT / "grpo_dt_continuous.py").read_text(encoding="utf-8")
         blocks = re.findall(r"```diff\n(.*?)```", text, re.DOTALL)
         for part in filter(None, re.split(r"^@@.*\n", "".join(blocks), flags=re.MULTILINE)):
