@@ -229,8 +229,8 @@ def test_a_line_on_the_console_shows_values_of_the_row_and_the_time_left(script)
 @pytest.fixture
 def moviepy(monkeypatch):
     """As if it were installed."""
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "moviepy" or real(name, *rest))
+    real, found = importlib.util.find_spec, types.SimpleNamespace(origin="moviepy.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: found if name == "moviepy" else real(name))
 
 
 def test_a_film_shows_the_first_episode_of_an_evaluation(script, split, moviepy, monkeypatch):
