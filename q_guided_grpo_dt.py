@@ -1321,6 +1321,9 @@ def choose_run_dir(args: Args) -> Path:
         foreign = table.exists() and table.read_bytes().count(b"\n") > 3
     if run_dir.is_file() or foreign or (run_dir / "checkpoint.pt").exists():
         die(f"{run_dir} holds a run or other files: go on with --resume {run_dir}, or choose another --run-dir.")
+    there = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    if not os.access(there, os.W_OK):
+        die(f"{there.resolve()} cannot be written to: choose another --run-dir.")
     return run_dir
 
 

@@ -126,6 +126,16 @@ def test_a_file_is_no_folder(script, tmp_path, refused):
 
 
 @SCRIPTS
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(script, tmp_path, refused, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode))
+    with refused(f"{tmp_path}/locked", "--run-dir"):
+        script.choose_run_dir(script.Args(run_dir="locked/deeper/run"))
+    assert script.choose_run_dir(script.Args(run_dir="run")) == Path("run")
+
+
+@SCRIPTS
 def test_a_run_that_broke_off_before_its_first_checkpoint_may_begin_again(script, tmp_path):
     for name in (".lock", "metrics.csv", "args.json"):
         (tmp_path / "run").mkdir(exist_ok=True)
