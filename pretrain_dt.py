@@ -1001,7 +1001,7 @@ def choose_kwargs(args: Args) -> dict:
     kwargs = {"maze_map": UMAZE} if umaze else {}
     if args.dataset != "random" and not args.dataset.endswith(".hdf5"):
         spec = open_minari(args.dataset).spec.env_spec
-        if spec is not None and task_of(spec.id) == task_of(args.env_id):
+        if spec is not None and spec.id == args.env_id:  # another version may know other arguments
             kwargs |= {name: value for name, value in spec.kwargs.items() if name != "render_mode"}
     return kwargs | env_kwargs_of(args)
 

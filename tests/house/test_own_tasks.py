@@ -172,7 +172,7 @@ def test_the_docs_examples_are_played(tmp_path, monkeypatch):
     with ppo.Environments(ppo.make_env("my_module:MyEnv-v0", {"speed": 0.5}), 2) as sims:
         first = sims.reset(np.array([1, 2]))
         observations, rewards, *_ = sims.step(np.arange(2), np.array([[1.0], [-0.5]]))
-        np.testing.assert_allclose(observations, first + [[0.5], [-0.25]])
+        np.testing.assert_allclose(observations, first + np.array([[0.5], [-0.25]]))
         np.testing.assert_allclose(rewards, -np.abs(observations[:, 0]))
     exec(wrapper, {})
     with grpo.Simulators(grpo.make_env("Tenfold-v0", {}), 2) as sims:

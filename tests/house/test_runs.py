@@ -242,8 +242,8 @@ def test_columns_on_the_console_never_touch_and_a_line_stays_under_100_character
 @pytest.fixture
 def moviepy(monkeypatch):
     """As if it were installed."""
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "moviepy" or real(name, *rest))
+    real, found = importlib.util.find_spec, types.SimpleNamespace(origin="moviepy.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: found if name == "moviepy" else real(name))
 
 
 def test_a_film_shows_the_first_episode_of_an_evaluation(script, split, moviepy, monkeypatch):
