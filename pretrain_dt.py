@@ -965,6 +965,16 @@ def die_of_minari(dataset_id: str, error: Exception) -> NoReturn:
     die(f"cannot read the Minari dataset {dataset_id}: {str(error) or repr(error)}. Delete {path} and get it again.")
 
 
+def check_entry_points(path: Path) -> None:
+    """Minari makes the environment of a set that states no spaces, and so runs what `path`, its metadata, names. Raises
+    ValueError where that is code of others than gymnasium's."""
+    metadata = json.loads(path.read_text())
+    if not {"observation_space", "action_space"} <= metadata.keys():
+        named = re.findall(r'"entry_point": "([^"]*)', metadata["env_spec"])
+        if not named or not all(re.match(r"gymnasium(_robotics)?\.", each) for each in named):
+            raise ValueError(f"it states no spaces, and its environment is code of others: {named}")
+
+
 def open_minari(dataset_id: str):
     """The Minari dataset, from this machine or else downloaded. Exits with a line that says what went wrong."""
     import minari
@@ -975,6 +985,7 @@ def open_minari(dataset_id: str):
     path = get_dataset_path(dataset_id)
     if path.exists():
         try:
+            check_entry_points(path / "data" / "metadata.json")
             return minari.load_dataset(dataset_id)
         except Exception as error:
             die_of_minari(dataset_id, error)

@@ -243,6 +243,20 @@ def test_a_minari_dataset_that_is_not_whole_is_refused(what, outcome, copied):
     assert isinstance(outcome(MINARI_ID, MINARI_ID), str)
 
 
+def test_a_minari_dataset_cannot_have_its_own_code_run(outcome, copied, tmp_path, monkeypatch):
+    """Minari makes the environment of a set that states no spaces."""
+    (tmp_path / "foreign.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    metadata = json.loads((copied / "metadata.json").read_text())
+    del metadata["observation_space"]
+    (copied / "metadata.json").write_text(json.dumps(metadata))
+    assert outcome(MINARI_ID, MINARI_ID).lengths.tolist() == [20, 20, 20]  # gymnasium's own may be made
+    spec = json.loads(metadata["env_spec"]) | {"entry_point": "foreign:Env"}
+    (copied / "metadata.json").write_text(json.dumps(metadata | {"env_spec": json.dumps(spec)}))
+    assert "foreign:Env" in outcome(MINARI_ID, MINARI_ID)
+    assert not (tmp_path / "ran").exists()
+
+
 # ---- data.npz -------------------------------------------------------------------------------------------------------
 
 
