@@ -1,0 +1,293 @@
+"""Whole runs of the baselines under benchmark/baselines at toy size, by their command lines, and what they refuse."""
+
+import ast
+import csv
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pretrain_dt
+import q_guided_grpo_dt as q_guided
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "baselines.md").read_text()
+COMMON = "--eval-episodes 1 --no-cuda --no-bf16 --threads 1"
+PRETRAIN = f"--dataset-steps 300 --embed-dim 16 --n-layers 2 --n-heads 2 --batch-size 8 --updates 4 --warmup 8 {COMMON}"
+PRETRAIN += " --c-offline 3 --lr 1e-2 --save-data"
+TOY = {"odt": "--n-minibatches 3 --batch-size 8 --lr 1e-2 --replay-size 5 --min-steps 0 --eval-every 1"}
+COLUMNS = {
+    "odt": "losses/nll losses/entropy losses/action_mse losses/grad_norm losses/kappa charts/learning_rate",
+}
+SHARED = "iteration eval/return_mean eval/return_std eval/length_mean eval/normalized_score rollout/return "
+SHARED += "rollout/length rollout/terminated charts/env_steps charts/gradient_updates time/iteration time/simulate "
+SHARED += "time/infer time/update time/eval"
+each_baseline = pytest.mark.parametrize("name", TOY)
+
+
+def load(name):
+    """A script of benchmark/baselines as a module of its own."""
+    spec = importlib.util.spec_from_file_location(f"runs_of_{name}", ROOT / f"benchmark/baselines/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+SCRIPTS = {name: load(name) for name in ("odt",)}
+
+
+def script_of(name):
+    """The script and the flags of one of TOY."""
+    return SCRIPTS[name], TOY[name].split()
+
+
+def run(name, *words):
+    """The command line of a baseline; the modules that it changes are as before afterwards."""
+    script, flags = script_of(name)
+    words = [word for each in words for word in str(each).split()]
+    if "TOY" in words:
+        words.remove("TOY")
+        words = [*flags, *COMMON.split(), *words]  # those given hold
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (q_guided, pretrain_dt):
+            for key, value in vars(module).copy().items():
+                if not key.startswith("__") or key == "__file__":
+                    patch.setattr(module, key, value)
+        torch.set_num_threads(1)
+        script.command_line(words)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """{kind: folder of a toy run of pretraining}: "dt" of pretrain_dt.py, "odt" with ReLU."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    torch.set_num_threads(1)
+    pretrain_dt.main(pretrain_dt.parse_args([*PRETRAIN.split(), "--run-dir", str(folder / "dt")]))
+    run("odt", f"pretrain {PRETRAIN} --run-dir {folder / 'odt'}")
+    return {kind: folder / kind for kind in ("dt", "odt")}
+
+
+@pytest.fixture(scope="module")
+def whole(pretrained, tmp_path_factory):
+    """whole(name): the folder of a run of 3 iterations in one go; not to be changed."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("whole") / name
+            run(name, f"--pretrained {pretrained['odt']} --iterations 3 --run-dir {made[name]} TOY")
+        return made[name]
+
+    return make
+
+
+def table(run_dir):
+    with open(Path(run_dir) / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def learning_columns(run_dir):
+    return [{name: value for name, value in row.items() if "time/" not in name} for row in table(run_dir)]
+
+
+def checkpoint(run_dir):
+    return torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)
+
+
+def same_tensors(one, other):
+    """Whether two nests of dictionaries and lists hold the same tensors, bit for bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_tensors(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same_tensors, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else True
+
+
+# ---- Runs -----------------------------------------------------------------------------------------------------------
+
+
+@each_baseline
+def test_a_run_writes_the_columns_of_the_scripts_and_learns(name, whole, pretrained):
+    rows = table(whole(name))
+    assert sorted(rows[0]) == sorted([*SHARED.split(), *COLUMNS[name].split()])
+    assert [row["iteration"] for row in rows] == ["0", "1", "2", "3"]
+    assert rows[0]["eval/return_mean"] != "" and rows[0]["rollout/return"] == ""
+    assert all(value != "" and math.isfinite(float(value)) for row in rows[1:] for value in row.values())
+    steps = 0.0
+    for row in rows[1:]:
+        steps += float(row["rollout/length"])
+        assert float(row["charts/env_steps"]) == pytest.approx(steps)
+    facts = json.loads((whole(name) / "args.json").read_text())
+    content = checkpoint(whole(name))
+    assert facts["script"] == f"{content['script']}.py" and content["script"] == name.removesuffix("_td3")
+    assert content["iteration"] == 3 and content["rows"] == [
+        {key: type(old[key])(value) for key, value in row.items() if value} for row, old in zip(rows, content["rows"])
+    ]
+
+
+@each_baseline
+def test_a_run_that_is_broken_off_goes_on_bit_for_bit(name, whole, pretrained, tmp_path):
+    run(name, f"--pretrained {pretrained['odt']} --iterations 1 --run-dir {tmp_path / 'split'} TOY")
+    run(name, f"--resume {tmp_path / 'split'} --iterations 2")
+    run(name, f"--resume {tmp_path / 'split' / 'checkpoint.pt'} --iterations 3")
+    assert learning_columns(tmp_path / "split") == learning_columns(whole(name))
+    one, other = checkpoint(tmp_path / "split"), checkpoint(whole(name))
+    for part in ("weights", "learner", "rolled"):
+        assert same_tensors(one[part], other[part]), part
+
+
+@each_baseline
+def test_a_saved_policy_scores_what_it_scored_in_memory(name, whole, capsys):
+    run(name, f"--eval-only {whole(name)}")
+    score = float(table(whole(name))[-1]["eval/return_mean"])
+    assert f"return_mean {score:,.1f}," in capsys.readouterr().out
+
+
+def test_odt_begins_with_the_policy_and_the_moments_of_pretraining(pretrained, whole, tmp_path):
+    before, after = checkpoint(pretrained["odt"]), checkpoint(whole("odt"))
+    assert after["sizes"] == before["sizes"] and after["sizes"]["kind"] == "baselines/odt"
+    moved = {key for key, value in before["weights"].items() if not torch.equal(value, after["weights"][key])}
+    assert moved == set(before["weights"]) - {"obs_mean", "obs_std", "return_scale"}
+    assert after["learner"]["updates"] == 4 + 3 * 3  # so the warm-up of 8 updates goes on
+    rates = [float(row["charts/learning_rate"]) for row in table(whole("odt"))[1:]]
+    assert rates == pytest.approx([1e-2 * 7 / 8, 1e-2, 1e-2])
+    assert after["learner"]["optimizer"]["param_groups"][0]["step"] == 13
+    assert [row["charts/gradient_updates"] for row in table(whole("odt"))[1:]] == ["3", "6", "9"]
+    assert len(after["rolled"]) == 3 and after["g_eval"] == 3600.0 and after["args"]["g_online"] == 7200.0
+
+
+def test_odt_takes_a_policy_of_pretrain_dt_and_other_scripts_take_it_back(pretrained, tmp_path, capsys):
+    run("odt", f"--pretrained {pretrained['dt']} --iterations 1 --c-offline 2 --run-dir {tmp_path / 'run'} TOY")
+    assert checkpoint(tmp_path / "run")["sizes"]["kind"] == "dt"
+    assert "c_offline 2, warmup 8" in capsys.readouterr().out
+    q_guided.eval_only(q_guided.parse_args(["--eval-only", str(tmp_path / "run")]), q_guided.Environments)
+    assert f"return_mean {float(table(tmp_path / 'run')[-1]['eval/return_mean']):,.1f}," in capsys.readouterr().out
+
+
+def test_the_replay_of_a_run_holds_the_best_of_the_dataset_and_then_what_was_rolled_out(pretrained, tmp_path):
+    seen, learner = [], SCRIPTS["odt"].pretrain.Learner
+
+    class Spy(learner):
+        def update(self, data, rng):
+            seen.append(data)
+            super().update(data, rng)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain_dt, "Learner", Spy)
+        run(
+            "odt", f"--pretrained {pretrained['odt']} --iterations 7 --run-dir {tmp_path / 'run'} TOY --n-minibatches 1"
+        )
+    rolled = [float(row["rollout/return"]) for row in table(tmp_path / "run")[1:]]
+    for i, replay in enumerate(seen, 1):
+        firsts = replay.returns[replay.lengths.cumsum() - replay.lengths].tolist()
+        assert len(firsts) == 5 and firsts[5 - min(i, 5) :] == pytest.approx(rolled[max(0, i - 5) : i], rel=1e-4)
+        assert firsts[: 5 - min(i, 5)] == sorted(firsts[: 5 - min(i, 5)])
+    assert len(checkpoint(tmp_path / "run")["rolled"]) == 5
+
+
+@each_baseline
+def test_any_task_with_bounded_boxes_will_do(name, tmp_path):
+    flags = "--env-id Pendulum-v1 --dataset-steps 450"
+    run("odt", f"pretrain {PRETRAIN} {flags} --run-dir {tmp_path / 'start'}")
+    start = f"--pretrained {tmp_path / 'start'}"
+    run(name, f"--env-id Pendulum-v1 {start} --iterations 1 --run-dir {tmp_path / 'run'} TOY")
+    row = table(tmp_path / "run")[-1]
+    assert float(row["rollout/length"]) == 200.0 and float(row["rollout/terminated"]) == 0.0
+    assert float(row["eval/return_mean"]) < 0.0 and "eval/normalized_score" not in row
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+
+def command(name, *words, cwd):
+    """In a process of its own."""
+    words = [sys.executable, str(ROOT / f"benchmark/baselines/{name}.py"), *map(str, words)]
+    return subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+def test_one_command_makes_its_own_data_and_goes_on(tmp_path):
+    words = f"--embed-dim 16 --c-online 1 --iterations 1 {TOY['odt']} {COMMON}".split()
+    done = command("odt", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run_dir,) = (path for path in (tmp_path / "runs").iterdir() if path.name != "pretrained")
+    assert run_dir.name.startswith("Hopper-v5__odt__random__1__")
+    done = command("odt", "--resume", run_dir, "--iterations", 2, cwd=tmp_path)
+    assert done.returncode == 0 and len(table(run_dir)) == 3, done.stderr
+
+
+# ---- Refusals -------------------------------------------------------------------------------------------------------
+
+
+@each_baseline
+def test_bad_values_end_in_one_line_and_leave_nothing(name, pretrained, refused, tmp_path):
+    start = f"--pretrained {pretrained['dt']} --run-dir {tmp_path / 'run'} --iterations 1 TOY"
+    for flags, named in (
+        ("--eval-episodes 0", "--eval-episodes"),
+        ("--seed -1", "--seed"),
+        ("--env-id Ant-v5", "Ant-v5"),
+        (f"--data {tmp_path}", "data.npz"),
+        (f"--pretrained {tmp_path / 'nowhere'}", "nowhere"),
+    ):
+        with refused(named):
+            run(name, start, flags)
+        assert not (tmp_path / "run").exists()
+
+
+def test_odt_refuses_what_its_own_flags_cannot_be(pretrained, refused, tmp_path):
+    start = f"--pretrained {pretrained['dt']} --run-dir {tmp_path / 'run'} --iterations 1 TOY"
+    for flags, named in (("--g-eval nan", "--g-eval"), ("--replay-size 0", "--replay-size"), ("--dropout 2", "--drop")):
+        with refused(named):
+            run("odt", start, flags)
+    assert not (tmp_path / "run").exists()
+
+
+@each_baseline
+def test_resuming_with_another_state_is_refused(name, whole, pretrained, refused):
+    for flags, named in (
+        ("--iterations 2", "--iterations"),
+        ("--env-id Ant-v5", "--env-id"),
+        (f"--pretrained {pretrained['dt']}", "--pretrained"),
+        (f"--data {pretrained['dt']} --iterations 4 --eval-only {whole(name)}", "--eval-only"),
+    ):
+        with refused(named):
+            run(name, f"--resume {whole(name)}", flags)
+    with refused("pretrain_dt.py"):
+        run(name, f"--resume {pretrained['odt']}")
+
+
+def test_scripts_name_odt_for_its_network(pretrained, refused):
+    with refused("benchmark/baselines/odt.py"):
+        q_guided.eval_only(q_guided.parse_args(["--eval-only", str(pretrained["odt"])]), q_guided.Environments)
+
+
+def test_the_command_prints_one_line_and_exits_with_1(tmp_path):
+    done = command("odt", "--pretrained", "nowhere", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1) and "nowhere" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- The page -------------------------------------------------------------------------------------------------------
+
+
+@each_baseline
+def test_the_page_lists_every_metric(name):
+    listed = re.findall(r"^\| `([^`]+)` \|", PAGE, re.MULTILINE)
+    assert set(COLUMNS[name].split()) <= set(listed) and len(listed) == len(set(listed))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_differences_in_the_docstring_are_those_of_the_page(name):
+    docstring = ast.get_docstring(ast.parse((ROOT / f"benchmark/baselines/{name}.py").read_text()))
+    numbers = [int(number) for number in re.findall(r"^\s*\((\d+)\) ", docstring, re.MULTILINE)]
+    section = re.search(rf"^## What is not as in the reference code: {name}\.py\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert [int(number) for number in re.findall(r"^(\d+)\. ", section[1], re.MULTILINE)] == numbers
