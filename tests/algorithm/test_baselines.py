@@ -36,13 +36,14 @@ def scripts_as_before(monkeypatch):
 # ---- ODT ------------------------------------------------------------------------------------------------------------
 
 
-def episode(length, first_reward=1.0, terminated=True, obs_dim=3, act_dim=2):
-    """Rewards first_reward, first_reward + 1, ...; observations (first_reward, step, step)."""
+def episode(length, first_reward=1.0, terminated=True, obs_dim=3, act_dim=2, last_is_known=False):
+    """Rewards first_reward, first_reward + 1, ...; observations (first_reward, step, step), the last one all T."""
     steps = np.arange(length, dtype=np.float32)
     observations = np.repeat(steps[:, None], obs_dim, axis=1)
     observations[:, 0] = first_reward
     actions = np.linspace(-0.9, 0.9, length * act_dim, dtype=np.float32).reshape(length, act_dim)
-    return odt.Episode(observations, actions, steps + np.float32(first_reward), np.array(terminated))
+    last = np.full(obs_dim, length if last_is_known else np.nan, np.float32)
+    return odt.Episode(observations, actions, steps + np.float32(first_reward), np.array(terminated), last)
 
 
 def arrays(episodes):
@@ -107,7 +108,7 @@ def test_the_replay_begins_with_the_best_and_the_oldest_leave_first():
     offline = odt.offline_episodes(arrays(given))
     assert [each.rewards.sum() for each in offline] == [-9.0, 2.0, 6.0, 11.0]
     for i, each in zip([1, 2, 3, 0], offline):
-        assert all(np.array_equal(one, other) for one, other in zip(given[i], each))
+        assert all(np.array_equal(one, other, equal_nan=True) for one, other in zip(given[i], each))
 
     def first_rewards(rolled):
         replay = odt.replay_of(offline, rolled, 3)
@@ -127,23 +128,23 @@ def test_what_was_asked_for_in_a_rollout_is_forgotten():
     trajectory = q_guided.Trajectory(*fields, np.zeros((3, 2)), np.array([1.0, 2.0, 4.0]), np.zeros((0, 0)), *ends)
     rolled = odt.rolled_out(trajectory, context)
     assert np.array_equal(rolled.observations, fields[0][2:]) and rolled.terminated
+    assert rolled.last_observation.tolist() == [9.0, 9.0, 9.0]
     replay = odt.replay_of([], [rolled], 5)
     assert replay.returns.tolist() == [7.0, 6.0, 4.0]
 
 
 def test_rollouts_go_on_until_there_are_enough_steps(monkeypatch):
     lengths = iter([4, 3, 2, 8])
-    model = torch.nn.Linear(1, 1)
 
     def collect(policy, sims, n, args, rng):
-        assert n == 1 and not policy.training  # no dropout in rollouts
+        assert n == 1
         return [episode(next(lengths))]
 
     monkeypatch.setattr(q_guided, "collect", collect)
     args = odt.Args(min_steps=8)
-    assert [len(each.rewards) for each in odt.roll_out(model, None, args, None)] == [4, 3, 2]
+    assert [len(each.rewards) for each in odt.roll_out(None, None, args, None)] == [4, 3, 2]
     args.min_steps = 0
-    assert [len(each.rewards) for each in odt.roll_out(model.train(), None, args, None)] == [8]
+    assert [len(each.rewards) for each in odt.roll_out(None, None, args, None)] == [8]
 
 
 def test_the_network_is_the_scripts_with_relu_written_out():
@@ -183,3 +184,186 @@ def test_a_checkpoint_of_either_kind_is_read_as_what_it_is(kind):
     again = odt.load_model(content, torch.device("cpu"), bf16=False, dropout=0.1)
     assert type(again) is odt.MODELS[kind] and again.dropout == 0.1
     assert isinstance(again.blocks[0], odt.ReluBlock) == (kind == "baselines/odt")
+
+
+# ---- ODT+TD3 --------------------------------------------------------------------------------------------------------
+
+CRITIC_ROWS = """
+Hopper-v5             0.99   256  False  1e-3  2     1   10000
+Walker2d-v4           0.99   256  False  1e-3  2     1   20000
+Ant-v5                0.99   256  False  1e-3  2     1   10000
+HalfCheetah-v5        0.99   256  False  1e-3  2     1   10000
+AdroitHandDoor-v1     0.99   512  True   2e-4  1   100   40000
+AdroitHandPen-v1      0.99   512  True   2e-4  1   100   40000
+AdroitHandHammer-v1   0.99   512  True   2e-4  1  1000   40000
+AdroitHandRelocate-v1 0.99   512  True   2e-4  1   100   40000
+AntMaze_UMaze-v4      0.998  512  True   2e-4  1     1  200000
+"""
+
+
+@pytest.mark.parametrize("line", CRITIC_ROWS.strip().splitlines(), ids=lambda line: line.split()[0])
+def test_rows_of_the_critic_are_those_of_the_reference_code(line):
+    env_id, *values = line.split()
+    _, row = odt.task_row(env_id, "cloned" if "Hand" in env_id else "umaze" if "Maze" in env_id else "medium")
+    found = [row[name] for name in (*odt.CRITIC, "critic_warmup")]
+    assert found == [value == "True" if value.isalpha() else float(value) for value in values]
+
+
+def td3_args(**changes):
+    toy = dict(td3=True, c_offline=3, batch_size=64, gamma=0.9, critic_dim=8, critic_norm=False, lr_critic=1e-2)
+    toy |= dict(policy_delay=2, tau=0.1, reward_divisor=2.0, lr=1e-2, warmup=1, weight_decay=1e-4, critic_warmup=6)
+    return odt.Args(**(toy | changes))
+
+
+def draw_model(dropout=0.0):
+    """A network whose actions heed all that it sees."""
+    torch.manual_seed(0)
+    model = q_guided.DecisionTransformer(3, 2, embed_dim=8, n_layers=1, n_heads=2, dropout=dropout).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    model.return_scale.fill_(0.1)
+    return model
+
+
+def replay_with_all_ends():
+    """Trajectories that terminated, that a time limit ended, and of whose end the next state is not known."""
+    ends = dict(a=(4, 1.0, True), b=(3, 10.0, False), c=(5, 20.0, False))
+    episodes = [episode(*ends[name], last_is_known=name == "b") for name in "abc"]
+    return episodes, odt.replay_of(episodes, [], 3, td3=True)
+
+
+def test_transitions_of_windows_against_a_loop():
+    episodes, replay = replay_with_all_ends()
+    batch = odt.draw_batch(replay, td3_args(), np.random.default_rng(0), torch.device("cpu"))
+    seen = set()
+    for b, k in np.argwhere(batch.now.real.numpy()):
+        first, step = batch.now.observations[b, k, :2].tolist()
+        (source,) = (each for each in episodes if each.rewards[0] == first)
+        step, last = int(step), len(source.rewards) - 1
+        assert batch.rewards[b, k] == source.rewards[step]
+        assert batch.terminated[b, k].item() == (step == last and bool(source.terminated))
+        assert batch.usable[b, k].item() == (first != 20.0 or step < last)
+        assert batch.later.returns[b, k].item() == pytest.approx(sum(source.rewards[step + 1 :].tolist()))
+        if step < last:
+            assert torch.equal(batch.later.observations[b, k], torch.from_numpy(source.observations[step + 1]))
+            if k < 2:
+                assert torch.equal(batch.later.actions[b, k], torch.from_numpy(source.actions[step + 1]))
+        elif first == 10.0:
+            assert batch.later.observations[b, k].tolist() == [3.0, 3.0, 3.0]
+        seen.add((first, step))
+    assert len(seen) == 12 and torch.equal(batch.later.real, batch.now.real)
+    assert not batch.usable[~batch.now.real].any() and all(field.isfinite().all() for field in batch.later)
+
+
+def test_the_td_target_by_hand_with_a_termination_and_with_a_time_limit():
+    _, replay = replay_with_all_ends()
+    args = td3_args(target_noise=0.0)
+    batch = odt.draw_batch(replay, args, np.random.default_rng(0), torch.device("cpu"))
+    policy = draw_model()
+    critic = q_guided.TwinCritic(policy, 8, False).requires_grad_(False)
+    target = odt.td_target(batch, policy, critic, args)
+    cases = set()
+    for b, k in np.argwhere(batch.usable.numpy()):
+        start = 3 - int(batch.now.real[b].sum())
+        window = [field[b, start : k + 1][None] for field in batch.later]
+        action = torch.tanh(policy(*window).mean[0]).detach()  # from the window a step later, up to s' alone
+        q = critic(batch.later.observations[b, k][None], action[None]).min()
+        expected = batch.rewards[b, k] / 2.0 + (0.0 if batch.terminated[b, k] else 0.9 * q)
+        assert target[b, k].item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-4)
+        at_limit = batch.now.observations[b, k, :2].tolist() == [10.0, 2.0]
+        cases.add("terminated" if batch.terminated[b, k] else "time limit" if at_limit else "inside")
+    assert cases == {"terminated", "time limit", "inside"}
+
+
+def test_target_noise_is_clipped_and_actions_stay_in_bounds(monkeypatch):
+    _, replay = replay_with_all_ends()
+    args = td3_args(target_noise=5.0, target_noise_clip=0.25)
+    batch = odt.draw_batch(replay, args, np.random.default_rng(0), torch.device("cpu"))
+    policy, seen = draw_model(), []
+
+    def critic(observations, actions):
+        seen.append(actions)
+        return torch.zeros(2, *observations.shape[:2])
+
+    odt.td_target(batch, policy, critic, args)
+    quiet = torch.tanh(policy(*batch.later, every_step=True).mean)
+    moved = (seen[0] - quiet).abs()
+    assert moved.max() <= 0.25 + 1e-5 and (moved > 0.2).float().mean() > 0.5 and seen[0].abs().max() < 1.0
+
+
+def test_no_gradient_reaches_the_targets_and_padding_counts_for_nothing():
+    _, replay = replay_with_all_ends()
+    args = td3_args()
+    batch = odt.draw_batch(replay, args, np.random.default_rng(0), torch.device("cpu"))
+    model = draw_model()
+    critic, target_critic = (q_guided.TwinCritic(model, 8, False) for _ in range(2))
+    torch.manual_seed(1)
+    loss, _ = odt.critic_loss(critic, model, target_critic, batch, args)
+    loss.backward()
+    assert all(p.grad is None for p in [*model.parameters(), *target_critic.parameters()])
+    assert all(p.grad is not None for p in critic.parameters())
+    torch.manual_seed(1)
+    target = odt.td_target(batch, model, target_critic, args)
+    q = critic(batch.now.observations, batch.now.actions)
+    errors = [((q[:, b, k] - target[b, k]) ** 2).sum().item() for b, k in np.argwhere(batch.usable.numpy())]
+    assert loss.item() == pytest.approx(np.mean(errors), rel=1e-4)
+    hidden = batch._replace(rewards=torch.where(batch.usable, batch.rewards, 1e6))
+    torch.manual_seed(1)
+    assert odt.critic_loss(critic, model, target_critic, hidden, args)[0].item() == loss.item()
+
+
+def test_the_actors_loss_is_the_squared_error_minus_alpha_q1_written_out():
+    _, replay = replay_with_all_ends()
+    batch = odt.draw_batch(replay, td3_args(), np.random.default_rng(0), torch.device("cpu"))
+    model = draw_model()
+    critic = q_guided.TwinCritic(model, 8, False)
+    loss, values = odt.actor_loss(model, batch.now, critic, alpha=0.3)
+    action = torch.tanh(model(*batch.now, every_step=True).mean)
+    steps = np.argwhere(batch.now.real.numpy())
+    mse = np.mean([((action - batch.now.actions)[b, k] ** 2).mean().item() for b, k in steps])
+    q1 = np.mean([critic(batch.now.observations[b, k], action[b, k])[0].item() for b, k in steps])
+    assert loss.item() == pytest.approx(mse - 0.3 * q1, rel=1e-4)
+    assert (values["action_mse"].item(), values["policy_q"].item()) == pytest.approx((mse, q1), rel=1e-4)
+    assert odt.actor_loss(model, batch.now)[0].item() == pytest.approx(mse, rel=1e-4)  # pretraining
+
+
+def test_an_update_moves_critic_actor_and_targets_at_their_paces():
+    _, replay = replay_with_all_ends()
+    model = draw_model(dropout=0.1)
+    learner = odt.TD3Learner(model, td3_args())
+    assert model.training and not learner.target_policy.training  # dropout in updates, none in targets
+    steps = []
+
+    def parts():
+        both = (learner.critic, learner.model, learner.target_critic, learner.target_policy)
+        return [torch.cat([p.detach().flatten().clone() for p in each.parameters()]) for each in both]
+
+    critic, actor, _, target_policy = parts()
+    learner.warm_up(replay)
+    warm, same, copied, target = parts()
+    assert not torch.equal(warm, critic) and torch.equal(same, actor) and torch.equal(target, target_policy)
+    assert torch.equal(copied, warm)  # copied anew when the online phase begins
+    learner.critic_optimizer.register_step_post_hook(lambda *_: steps.append("critic"))
+    learner.optimizer.register_step_post_hook(lambda *_: steps.append("actor"))
+    learner.update(replay, np.random.default_rng(3))
+    new_critic, new_actor, new_target_critic, new_target_policy = parts()
+    assert steps == ["critic", "critic", "actor"]
+    torch.testing.assert_close(new_target_critic, 0.9 * warm + 0.1 * new_critic)
+    torch.testing.assert_close(new_target_policy, 0.9 * actor + 0.1 * new_actor)
+    heads = model.log_std_head.weight, model.log_std_head.bias
+    assert all(p.grad is None for p in heads) and not torch.equal(new_actor, actor)
+
+
+def test_exploration_is_noise_on_the_action():
+    model = draw_model()
+    window = torch.randn(4000, 1, 3), torch.randn(4000, 1), torch.zeros(4000, 1, 2), torch.ones(4000, 1).bool()
+    window = tuple(field[:1].expand_as(field) for field in window)
+    torch.manual_seed(0)
+    dist = odt.Explorer(model, 0.05)(*window)
+    mean = torch.tanh(model(*window).mean[0]).detach()
+    actions = torch.tanh(dist.mean)
+    assert not dist.stddev.any() and mean.abs().max() < 0.8
+    torch.testing.assert_close(actions.mean(0), mean, atol=5e-3, rtol=0)
+    torch.testing.assert_close(actions.std(0), torch.full((2,), 0.05), atol=3e-3, rtol=0)
+    loud = torch.tanh(odt.Explorer(model, 9.0)(*window).mean)
+    assert loud.isfinite().all() and loud.abs().max() < 1.0

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +24,11 @@ COMMON = "--eval-episodes 1 --no-cuda --no-bf16 --threads 1"
 PRETRAIN = f"--dataset-steps 300 --embed-dim 16 --n-layers 2 --n-heads 2 --batch-size 8 --updates 4 --warmup 8 {COMMON}"
 PRETRAIN += " --c-offline 3 --lr 1e-2 --save-data"
 TOY = {"odt": "--n-minibatches 3 --batch-size 8 --lr 1e-2 --replay-size 5 --min-steps 0 --eval-every 1"}
+TOY["odt_td3"] = f"--td3 {TOY['odt']} --critic-warmup 3 --critic-dim 8"
 COLUMNS = {
     "odt": "losses/nll losses/entropy losses/action_mse losses/grad_norm losses/kappa charts/learning_rate",
+    "odt_td3": "losses/critic_loss losses/q_mean losses/target_mean losses/q_gap losses/action_mse losses/policy_q "
+    "losses/grad_norm charts/learning_rate",
 }
 SHARED = "iteration eval/return_mean eval/return_std eval/length_mean eval/normalized_score rollout/return "
 SHARED += "rollout/length rollout/terminated charts/env_steps charts/gradient_updates time/iteration time/simulate "
@@ -33,20 +37,21 @@ each_baseline = pytest.mark.parametrize("name", TOY)
 
 
 def load(name):
-    """A script of benchmark/baselines as a module of its own."""
-    spec = importlib.util.spec_from_file_location(f"runs_of_{name}", ROOT / f"benchmark/baselines/{name}.py")
+    """A file of benchmark/ as a module of its own."""
+    spec = importlib.util.spec_from_file_location(f"runs_of_{Path(name).name}", ROOT / f"benchmark/{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-SCRIPTS = {name: load(name) for name in ("odt",)}
+SCRIPTS = {name: load(f"baselines/{name}") for name in ("odt",)}
+report, launcher = load("report"), load("run")
 
 
 def script_of(name):
     """The script and the flags of one of TOY."""
-    return SCRIPTS[name], TOY[name].split()
+    return SCRIPTS[name.removesuffix("_td3")], TOY[name].split()
 
 
 def run(name, *words):
@@ -63,6 +68,19 @@ def run(name, *words):
                     patch.setattr(module, key, value)
         torch.set_num_threads(1)
         script.command_line(words)
+
+
+def parsed(name, words):
+    """The arguments of a command line, without running it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (q_guided, pretrain_dt):
+            for key in [key for key in vars(module) if not key.startswith("__") or key == "__file__"]:
+                patch.setattr(module, key, getattr(module, key))
+        seen = []
+        patch.setattr(pretrain_dt, "main", seen.append)
+        patch.setattr(SCRIPTS[name], "main", seen.append)
+        SCRIPTS[name].command_line(words)
+    return seen[0]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +100,7 @@ def whole(pretrained, tmp_path_factory):
 
     def make(name):
         if name not in made:
-            made[name] = tmp_path_factory.mktemp("whole") / name
+            made[name] = tmp_path_factory.mktemp("whole") / f"Hopper-v5__{name.removesuffix('_td3')}__random__1__17"
             run(name, f"--pretrained {pretrained['odt']} --iterations 3 --run-dir {made[name]} TOY")
         return made[name]
 
@@ -172,11 +190,42 @@ def test_odt_takes_a_policy_of_pretrain_dt_and_other_scripts_take_it_back(pretra
     assert f"return_mean {float(table(tmp_path / 'run')[-1]['eval/return_mean']):,.1f}," in capsys.readouterr().out
 
 
+def test_td3_begins_with_an_actor_of_its_own_pretraining_whose_loss_is_kept(tmp_path):
+    run("odt", f"pretrain --td3 {PRETRAIN} --updates 3 --log-every 1 --run-dir {tmp_path / 'start'}")
+    run("odt", f"pretrain --resume {tmp_path / 'start'} --updates 4")
+    start = checkpoint(tmp_path / "start")
+    assert {"losses/action_mse", "losses/grad_norm"} == {name for name in start["rows"][-1] if "losses/" in name}
+    run("odt_td3", f"--pretrained {tmp_path / 'start'} --iterations 1 --run-dir {tmp_path / 'run'} TOY")
+    after = checkpoint(tmp_path / "run")
+    assert after["learner"]["updates"] == 7
+    critic, target = (after["learner"][part] for part in ("critic", "target_critic"))
+    assert not torch.equal(critic["networks.0.0.weight"], target["networks.0.0.weight"])
+    spread = "log_std_head.weight"  # which nothing reads
+    assert torch.equal(after["weights"][spread], start["weights"][spread])
+    mean = "mean_head.weight"
+    assert not torch.equal(after["weights"][mean], start["weights"][mean])
+
+
+def test_the_report_tells_the_baselines_apart(whole, pretrained, tmp_path):
+    for name in TOY:
+        found = report.read_run(whole(name))
+        assert (found.method, found.task, found.kind, found.variant) == (name, "Hopper", "random", "")
+        shutil.copytree(whole(name), tmp_path / f"{name}__Hopper-random__small__1")
+        assert report.read_run(tmp_path / f"{name}__Hopper-random__small__1").method == name
+    begun = json.loads((pretrained["odt"] / "args.json").read_text())
+    begun["command"] = ["benchmark/baselines/odt.py", "pretrain"]
+    shutil.copytree(pretrained["odt"], tmp_path / "Hopper-v5__pretrain_dt__random__1__17")
+    (tmp_path / "Hopper-v5__pretrain_dt__random__1__17" / "args.json").write_text(json.dumps(begun))
+    found = report.read_run(tmp_path / "Hopper-v5__pretrain_dt__random__1__17")
+    assert (found.method, found.variant) == ("pretrain_dt", "odt")
+
+
 def test_the_replay_of_a_run_holds_the_best_of_the_dataset_and_then_what_was_rolled_out(pretrained, tmp_path):
     seen, learner = [], SCRIPTS["odt"].pretrain.Learner
 
     class Spy(learner):
         def update(self, data, rng):
+            assert self.model.training  # dropout in updates
             seen.append(data)
             super().update(data, rng)
 
@@ -193,18 +242,96 @@ def test_the_replay_of_a_run_holds_the_best_of_the_dataset_and_then_what_was_rol
     assert len(checkpoint(tmp_path / "run")["rolled"]) == 5
 
 
+@pytest.fixture(scope="module")
+def pendulum(tmp_path_factory):
+    """The folder of a toy run of pretraining, of an actor alone, on Pendulum-v1."""
+    folder = tmp_path_factory.mktemp("pendulum") / "start"
+    flags = "--env-id Pendulum-v1 --dataset-steps 6000 --embed-dim 32 --n-layers 2 --n-heads 2 --updates 100 --lr 3e-3 "
+    flags += f"--batch-size 64 --c-offline 1 {COMMON} --save-data"
+    run("odt", f"pretrain --td3 {flags} --run-dir {folder}")
+    return folder
+
+
 @each_baseline
-def test_any_task_with_bounded_boxes_will_do(name, tmp_path):
-    flags = "--env-id Pendulum-v1 --dataset-steps 450"
-    run("odt", f"pretrain {PRETRAIN} {flags} --run-dir {tmp_path / 'start'}")
-    start = f"--pretrained {tmp_path / 'start'}"
-    run(name, f"--env-id Pendulum-v1 {start} --iterations 1 --run-dir {tmp_path / 'run'} TOY")
+def test_any_task_with_bounded_boxes_will_do(name, pendulum, tmp_path):
+    run(name, f"--env-id Pendulum-v1 --pretrained {pendulum} --iterations 1 --run-dir {tmp_path / 'run'} TOY")
     row = table(tmp_path / "run")[-1]
     assert float(row["rollout/length"]) == 200.0 and float(row["rollout/terminated"]) == 0.0
     assert float(row["eval/return_mean"]) < 0.0 and "eval/normalized_score" not in row
 
 
-# ---- The command line -----------------------------------------------------------------------------------------------
+LEARNS = {
+    "odt_td3": "--td3 --n-minibatches 100 --batch-size 128 --min-steps 0 --critic-warmup 1000 --critic-dim 64 "
+    "--gamma 0.95 --tau 0.02 --lr 3e-3",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEARNS)
+def test_the_return_of_pendulum_rises(name, pendulum, tmp_path):
+    words = (
+        f"--env-id Pendulum-v1 --pretrained {pendulum} --iterations 30 --eval-every 5 --eval-episodes 10 --threads 1"
+    )
+    run(name, f"{words} --no-cuda --run-dir {tmp_path / 'run'} {LEARNS[name]}")
+    returns = [float(row["eval/return_mean"]) for row in table(tmp_path / "run") if row["eval/return_mean"]]
+    assert sum(returns[-2:]) / 2 > returns[0] + 400.0, returns
+
+
+# ---- The lines of benchmark/baselines.sh -----------------------------------------------------------------------------
+
+
+def shell(*words, **settings):
+    """benchmark/baselines.sh: (exit code, output)."""
+    environment = os.environ | {"PYTHON": sys.executable} | settings
+    words = ["bash", str(ROOT / "benchmark/baselines.sh"), *words]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_line_for_every_cell_of_table_1_and_each_is_parsed_with_the_pretraining_that_it_needs(tmp_path):
+    code, printed = shell("--dry-run", SEEDS="1")
+    assert code == 0, printed
+    runs = [launcher.parse(line.split(" ", 1)[1].strip()) for line in printed.splitlines()]
+    folders = {each.folder: each for each in runs}
+    parsed_before = set()
+    cells = [key for row in report.read_csv(report.PAPER / "table1.csv") for key in report.dataset_keys(row["dataset"])]
+    for name in TOY:
+        found = [report.identify(each.name, {}) for each in runs if each.name.startswith(f"{name}__")]
+        assert [identity[1:3] for identity in found if not identity[3]] == cells
+        assert {identity[1:] for identity in found if identity[3]} == {
+            ("Hopper", "random", "small", "1"),
+            ("Hopper", "medium", "small", "1"),
+        }
+    for each in runs:
+        if each.needs:
+            before = folders[each.needs]
+            flags = ("--env-id", "--dataset-kind")
+            assert [each.flags[flag] for flag in flags] == [before.flags[flag] for flag in flags]
+            assert "--save-data" in before.flags
+            assert ("--td3" in each.flags) == ("--td3" in before.flags) or "small" in each.name
+        script, words = Path(each.program[1]).stem, [*each.program[2:], *launcher.words_of(each.flags)]
+        shape = (script, *each.flags)  # lines of the same flags are parsed once
+        if script in SCRIPTS and shape not in parsed_before:
+            parsed_before.add(shape)
+            args = parsed(script, words)
+            kind = args.dataset_kind or "random"
+            assert report.identify(each.name, vars(args))[1:3] == (report.task_name(args.env_id), kind)
+            widths = [args.embed_dim] if "embed_dim" in vars(args) else []
+            assert widths in ([], [128] if "--embed-dim" in each.flags else [512])
+
+
+@pytest.mark.slow
+def test_every_line_of_the_baselines_at_toy_size(tmp_path):
+    shutil.copytree(ROOT / "benchmark", tmp_path / "benchmark", ignore=shutil.ignore_patterns("results"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    words = ["bash", str(tmp_path / "benchmark/baselines.sh"), "--quick"]
+    settings = os.environ | {"PYTHON": sys.executable, "SEEDS": "1", "WORKERS": "2", "EXTRA": ""}
+    done = subprocess.run(words, capture_output=True, text=True, env=settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- The command line ------------------------------------------------------------------------------------------------
 
 
 def command(name, *words, cwd):
@@ -214,13 +341,16 @@ def command(name, *words, cwd):
 
 
 @pytest.mark.slow
-def test_one_command_makes_its_own_data_and_goes_on(tmp_path):
-    words = f"--embed-dim 16 --c-online 1 --iterations 1 {TOY['odt']} {COMMON}".split()
-    done = command("odt", *words, cwd=tmp_path)
+@each_baseline
+def test_one_command_makes_its_own_data_and_goes_on(name, tmp_path):
+    script = name.removesuffix("_td3")
+    words = [*TOY[name].split(), *COMMON.split(), "--iterations", 1]
+    words += ["--embed-dim", 16, "--c-online", 1] if script == "odt" else []
+    done = command(script, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (run_dir,) = (path for path in (tmp_path / "runs").iterdir() if path.name != "pretrained")
-    assert run_dir.name.startswith("Hopper-v5__odt__random__1__")
-    done = command("odt", "--resume", run_dir, "--iterations", 2, cwd=tmp_path)
+    assert run_dir.name.startswith(f"Hopper-v5__{script}__random__1__")
+    done = command(script, "--resume", run_dir, "--iterations", 2, cwd=tmp_path)
     assert done.returncode == 0 and len(table(run_dir)) == 3, done.stderr
 
 
