@@ -1,6 +1,7 @@
 """The baselines under benchmark/baselines: replay, targets and losses by hand."""
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def load(name):
     return module
 
 
-odt = load("odt")
+odt, iql = load("odt"), load("iql")
 
 
 @pytest.fixture(autouse=True)
@@ -367,3 +368,133 @@ def test_exploration_is_noise_on_the_action():
     torch.testing.assert_close(actions.std(0), torch.full((2,), 0.05), atol=3e-3, rtol=0)
     loud = torch.tanh(odt.Explorer(model, 9.0)(*window).mean)
     assert loud.isfinite().all() and loud.abs().max() < 1.0
+
+
+# ---- IQL ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "env_id, kind, row, updates",
+    [
+        ("Hopper-v5", "medium", (0.7, 3.0, 0.0, 0.0), 5000),
+        ("Walker2d-v4", "random", (0.7, 3.0, 0.0, 0.0), 10000),
+        ("AdroitHandDoor-v1", "human", (0.7, 3.0, 0.0, 0.0), 40000),
+        ("AdroitHandPen-v1", "cloned", (0.8, 3.0, 0.1, 0.0), 40000),
+        ("AntMaze_UMaze-v4", "diverse", (0.9, 10.0, 0.0, 1.0), 200000),
+        ("Pendulum-v1", "random", (0.7, 3.0, 0.0, 0.0), 5000),
+    ],
+)
+def test_rows_of_iql_are_those_of_the_reference_code(env_id, kind, row, updates, capsys):
+    args = iql.Args(env_id=env_id)
+    iql.fill_from_table(args, kind, 1.0)
+    assert tuple(getattr(args, name) for name in iql.COLUMNS) == row and args.offline_updates == updates
+    assert f"offline_updates {updates}" in capsys.readouterr().out
+    assert (args.gamma, args.tau, args.lr, args.batch_size, args.hidden_dim) == (0.99, 0.005, 3e-4, 256, 256)
+
+
+def test_the_expectile_loss_and_its_minimiser_by_hand():
+    loss = iql.expectile_loss(torch.tensor([-2.0, -0.5, 0.0, 3.0]), 0.7)
+    torch.testing.assert_close(loss, torch.tensor([0.3 * 4, 0.3 * 0.25, 0.0, 0.7 * 9]))
+    values = torch.linspace(0.0, 1.0, 1001)
+    total = sum(iql.expectile_loss(target - values, 0.9) for target in (0.0, 1.0))
+    assert values[total.argmin()].item() == pytest.approx(0.9, abs=2e-3)  # of {0, 1} it is the expectile itself
+
+
+def test_advantage_weights_grow_with_the_advantage_up_to_their_cap():
+    advantage = torch.tensor([-1.0, 0.0, 0.5, 1.0, 10.0], requires_grad=True)
+    weights = iql.advantage_weights(advantage, 3.0, 100.0)
+    torch.testing.assert_close(weights, torch.tensor([math.exp(-3), 1.0, math.exp(1.5), math.exp(3), 100.0]))
+    assert not weights.requires_grad
+
+
+def iql_learner(**changes):
+    """On two trajectories: one that terminated, one that a time limit ended, with the state after it."""
+    rng = np.random.default_rng(0)
+    lengths, total = np.array([3, 4]), 7
+    fields = rng.normal(size=(total, 3)), np.zeros(total), rng.uniform(-0.9, 0.9, (total, 2)), rng.normal(size=total)
+    last = rng.normal(size=(2, 3))
+    data = q_guided.lay_out(1, lengths, *(field.astype(np.float32) for field in fields), np.array([True, False]), last)
+    toy = dict(hidden_dim=8, expectile=0.8, beta=2.0, gamma=0.9, step_cost=0.25, dropout=0.0, offline_updates=10)
+    args = iql.Args(**(toy | dict(lr=1e-2, tau=0.1, max_weight=1.5) | changes))
+    torch.manual_seed(0)
+    actor = iql.Actor(3, 2, 8)
+    actor.obs_mean.normal_()
+    actor.obs_std.uniform_(0.5, 2.0)
+    learner = iql.IQLLearner(actor, data, args)
+    for p in [*learner.q.parameters(), *learner.v.parameters(), *learner.target_q.parameters()]:
+        p.data += 0.3 * torch.randn_like(p)
+    return learner
+
+
+def test_losses_of_iql_written_out_with_a_termination_and_with_a_time_limit():
+    learner = iql_learner()
+    actor, data = learner.actor, learner.data
+    index = data.usable.nonzero()[:, 0]
+    assert len(index) == 7
+    v_loss, q_loss, actor_loss, _ = learner.losses(index)
+    expected = [[], [], []]
+    capped = 0
+    for i in index:
+        s, following = ((data.observations[j] - actor.obs_mean) / actor.obs_std for j in (i, i + 1))
+        a = data.actions[i]
+        target = data.rewards[i] - 0.25 + (0.0 if data.terminated[i] else 0.9 * learner.v(following).item())
+        q_target = min(network(torch.cat([s, a])).item() for network in learner.target_q.networks)
+        advantage = q_target - learner.v(s).item()
+        expected[0].append((0.8 if advantage > 0 else 0.2) * advantage**2)
+        expected[1] += [(network(torch.cat([s, a])).item() - target.item()) ** 2 for network in learner.q.networks]
+        error = (a - torch.tanh(actor.network(s))) / actor.log_std.exp()
+        nll = (0.5 * error**2 + actor.log_std + 0.5 * math.log(2 * math.pi)).sum().item()
+        expected[2].append(min(math.exp(2.0 * advantage), 1.5) * nll)
+        capped += math.exp(2.0 * advantage) > 1.5
+    assert 0 < capped < 7 and data.terminated[index].sum() == 1
+    found = [loss.item() for loss in (v_loss, q_loss, actor_loss)]
+    assert found == pytest.approx([np.mean(each) for each in expected], rel=1e-4)
+
+
+def test_each_loss_of_iql_moves_its_own_network_alone():
+    learner = iql_learner()
+    networks = dict(v=learner.v, q=learner.q, actor=learner.actor, target=learner.target_q)
+    index = learner.data.usable.nonzero()[:, 0]
+    for name, loss in zip(("v", "q", "actor"), learner.losses(index)):
+        loss.backward()
+        touched = {key for key, network in networks.items() if any(p.grad is not None for p in network.parameters())}
+        assert touched == {name}
+        for network in networks.values():
+            network.zero_grad(set_to_none=True)
+
+
+def test_an_update_of_iql_anneals_the_actors_rate_and_moves_the_target_by_tau():
+    learner = iql_learner()
+    before = [p.clone() for p in learner.target_q.parameters()]
+    for update in range(3):
+        learner.train(1, np.random.default_rng(update))
+        rate = learner.actor_optimizer.param_groups[0]["lr"]
+        assert rate == pytest.approx(1e-2 * (1 + math.cos(math.pi * update / 10)) / 2)
+        for p, old, new in zip(learner.target_q.parameters(), before, learner.q.parameters()):
+            torch.testing.assert_close(p, 0.9 * old + 0.1 * new)
+        before = [p.clone() for p in learner.target_q.parameters()]
+    assert learner.v_optimizer.param_groups[0]["lr"] == 1e-2 and learner.updates == 3
+
+
+def test_iql_never_draws_a_slot_whose_next_state_is_not_known():
+    learner, seen = iql_learner(), []
+    assert len(learner.data.usable) == 9  # two slots for the states after the last steps
+    losses = learner.losses
+    learner.losses = lambda index: (seen.append(index), losses(index))[1]
+    learner.train(20, np.random.default_rng(0))
+    assert sorted(torch.cat(seen).unique().tolist()) == learner.data.usable.nonzero()[:, 0].tolist()
+
+
+def test_the_actor_acts_by_its_mean_in_evaluations_and_samples_in_rollouts():
+    torch.manual_seed(0)
+    actor = iql.Actor(3, 2, 8, dropout=0.5).eval()
+    actor.log_std.data.fill_(-3.0)
+    observations = torch.randn(1, 1, 3).expand(5000, 1, 3)
+    window = observations, torch.zeros(5000, 1), torch.zeros(5000, 1, 2), torch.ones(5000, 1).bool()
+    mean = torch.tanh(actor.network(observations[0, 0])).detach()
+    dist = actor(*window)
+    assert not dist.stddev.any()
+    torch.testing.assert_close(torch.tanh(dist.mean[0]), mean)
+    actions = torch.tanh(iql.Explorer(actor)(*window).mean)
+    torch.testing.assert_close(actions.mean(0), mean, atol=5e-3, rtol=0)
+    torch.testing.assert_close(actions.std(0), torch.full((2,), math.exp(-3.0)), atol=3e-3, rtol=0)
