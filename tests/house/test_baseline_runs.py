@@ -106,7 +106,7 @@ def pretrained(tmp_path_factory):
 def pendulum(tmp_path_factory):
     """The folder of a toy run of pretraining, of an actor alone, on Pendulum-v1."""
     folder = tmp_path_factory.mktemp("pendulum") / "start"
-    run("odt", f"pretrain --td3 {PRETRAIN} --env-id Pendulum-v1 --dataset-steps 450 --run-dir {folder}")
+    run("odt", f"pretrain --td3 {PRETRAIN} --env-id Pendulum-v1 --dataset-steps 450 --log-every 4 --run-dir {folder}")
     return folder
 
 
@@ -369,7 +369,7 @@ def command(name, *words, cwd):
 def test_one_command_makes_its_own_data_and_goes_on(name, tmp_path):
     script = name.removesuffix("_td3")
     words = [*TOY[name].split(), *common(name).split(), "--iterations", 1]
-    words += ["--embed-dim", 16, "--c-online", 1] if script == "odt" else []
+    words += ["--embed-dim", 16, *(["--c-online", 1] if script == "odt" else [])]
     done = command(script, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (run_dir,) = (path for path in (tmp_path / "runs").iterdir() if path.name != "pretrained")
