@@ -31,11 +31,12 @@ LAST = 5  # evaluations whose mean is the score of a run
 SEEDS = 3  # of the paper
 RESAMPLES = 10_000
 
+BASELINES = {"iql": "IQL", "odt": "ODT", "odt_td3": "ODT+TD3"}  # of benchmark/baselines.sh
 METHODS = {"pretrain_dt": "DT", "ppo_dt": "PPO-DT", "grpo_dt": "GRPO-DT", "q_guided_grpo_dt": "Q-guided GRPO-DT"}
 # A field that no other method's args.json has: what a copied script was made from.
 FIELDS = {"critic_dim": "q_guided_grpo_dt", "value_dim": "ppo_dt", "l_traj": "grpo_dt", "c_offline": "pretrain_dt"}
-COLUMNS = {"pretrain_dt": "dt", "ppo_dt": "ppo_dt", "grpo_dt": "grpo_dt"}  # of table1.csv
-BASELINES = {"iql": "IQL", "odt": "ODT", "odt_td3": "ODT+TD3"}  # columns of Table 1 that are not ours
+METHODS |= BASELINES
+COLUMNS = {"pretrain_dt": "dt", **{name: name for name in BASELINES}, "ppo_dt": "ppo_dt", "grpo_dt": "grpo_dt"}
 
 # The paper's abbreviations, and the names of tasks and kinds in environment ids and folders.
 TASKS = {"Ho": "Hopper", "Wa": "Walker2d", "An": "Ant", "D": "Door", "P": "Pen", "H": "Hammer"}
@@ -84,7 +85,7 @@ Normalised scores: 0 = random, 100 = expert. Of tasks that are not in the paper'
   ODT's rate of the entropy dual, and the context of its pretraining; unknown: the run folder has no args.json. The
   number of iterations is not in the paper. Other tasks are held against Hopper's row, which the scripts take there.
 """
-TABLE_1 = f"""Ours / the paper's; IQL, ODT and ODT+TD3: the paper's.
+TABLE_1 = f"""Ours / the paper's.
 \\*: fewer than {SEEDS} seeds, not finished, or settings that differ from the paper's or are unknown."""
 
 
@@ -107,6 +108,8 @@ def dataset_keys(name: str) -> list[tuple[str, str]]:
 def paper_settings(method: str, task: str, kind: str) -> dict[str, float]:
     """What Tables 5, 6 and 7 and Appendix B.1 say of a method on a dataset, under the names in args.json; the critic of
     Q-guided GRPO-DT: TD3's and ODT+TD3's settings, which it follows."""
+    if method in BASELINES:  # "as Yan et al.": docs/baselines.md has the rows
+        return {} if method == "iql" else {"embed_dim": 512}
     name = {"ppo_dt": "table7.csv"}.get(method, "table6.csv")
     rows = {key: row for row in read_csv(PAPER / name) for key in dataset_keys(row["environments"])}
     keys = [(task, each) for each in (kind, "medium", "cloned", "umaze")]  # outside the table: as the scripts do
@@ -226,7 +229,7 @@ def settings_that_differ(method: str, task: str, kind: str, args: dict) -> str:
 def pretraining_that_differs(folder: Path, method: str, task: str, kind: str, args: dict) -> str:
     """The same of the checkpoint that a run began with: what its args.json says, which is looked for where the run has
     it and beside the run's folder."""
-    if "pretrained" not in args:
+    if "pretrained" not in args or method == "iql":  # which takes no more than the data
         return ""
     if args["pretrained"] is None:
         return "pretrained by the script itself"
@@ -298,8 +301,11 @@ def read_run(folder: Path) -> Run | str:
         identity = identify(folder.name, args, content.get("script", ""))
         if identity is None:
             return f"{folder.name}: its name does not tell the method, nor does an args.json"
-        if Path(content.get("command", [""])[0]).stem == "reinformer" and not identity[3]:
-            identity = (*identity[:3], "reinformer", identity[4])  # the script that it calls does not tell it
+        program = Path(content.get("command", [""])[0]).stem
+        if args.get("td3") and identity[0] == "odt":
+            identity = ("odt_td3", *identity[1:])
+        if program in ("reinformer", "odt") and identity[0] not in BASELINES and not identity[3]:
+            identity = (*identity[:3], program, identity[4])  # the script that it calls does not tell it
         "".join(identity).encode()  # an error if one is no text
         differs = (settings_that_differ(*identity[:3], args), pretraining_that_differs(folder, *identity[:3], args))
         goal = args.get("iterations") or args.get("updates")
@@ -527,10 +533,10 @@ def as_in_the_paper(runs: list[Run]) -> bool:
 
 
 def overview(tables: dict[str, list[Cell]]) -> list[str]:
-    """Table 1's layout: ours / the paper's; the baselines are the paper's alone. An average of ours needs all."""
+    """Table 1's layout: ours / the paper's. An average of ours needs all."""
     rows = []
     for index, row in enumerate(read_csv(PAPER / "table1.csv")):
-        cells = {name: plus_minus(float(row[name]), float(row[f"{name}_std"] or "nan")) for name in BASELINES}
+        cells = {}
         for method, table in tables.items():
             cell = table[index]
             block = [cell] if cell.runs else [each for each in table if each.block == cell.block]
@@ -538,9 +544,8 @@ def overview(tables: dict[str, list[Cell]]) -> list[str]:
             mark = "" if complete and all(as_in_the_paper(each.runs) for each in block if each.runs) else "\\*"
             ours = plus_minus(cell.ours.mean, cell.ours.std) + mark if complete else "-"
             cells[method] = f"{ours} / {plus_minus(cell.paper, cell.paper_std)}"
-        order = ["pretrain_dt", *BASELINES, "ppo_dt", "grpo_dt"]
-        rows.append([row["block"], row["dataset"], *(cells[name] for name in order)])
-    return markdown_table(["", "dataset", *((METHODS | BASELINES)[name] for name in order)], rows)
+        rows.append([row["block"], row["dataset"], *cells.values()])
+    return markdown_table(["", "dataset", *(METHODS[method] for method in tables)], rows)
 
 
 def method_table(table: list[Cell]) -> list[str]:

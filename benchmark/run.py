@@ -55,6 +55,11 @@ QUICK = {
 }
 QUICK["reinformer.py pretrain"] = QUICK["pretrain_dt.py"]
 QUICK["reinformer.py finetune"] = QUICK["grpo_dt_continuous.py"]
+QUICK["odt.py pretrain"] = QUICK["pretrain_dt.py"]
+QUICK["odt.py"] = "--embed-dim 16 --iterations 2 --n-minibatches 2 --batch-size 8 --min-steps 0 --replay-size 20 "
+QUICK["odt.py"] += "--critic-warmup 5 --critic-dim 16 --eval-every 1 --eval-episodes 1 --threads 1"
+QUICK["iql.py"] = "--embed-dim 16 --iterations 2 --min-steps 0 --offline-updates 4 --batch-size 8 --hidden-dim 8 "
+QUICK["iql.py"] += "--eval-every 1 --eval-episodes 1 --threads 1"
 
 
 def die(message: str) -> NoReturn:
@@ -103,7 +108,7 @@ def words_of(flags: dict[str, list[str]]) -> list[str]:
 class Run:
     """One command with one seed, and the folder that it writes."""
 
-    program: list[str]  # ["python", "SCRIPT.py"], for reinformer.py also what it does
+    program: list[str]  # ["python", "SCRIPT.py"], for reinformer.py and odt.py also what it does
     flags: dict[str, list[str]]
 
     @property

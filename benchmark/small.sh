@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${DATASETS:-datasets}  # Hopper-v5-medium.hdf5 and so on, as benchmark/collect_dataset.py writes them
 pretraining=$(cat <<LINES
-pretrain_dt__Hopper-medium__small        python pretrain_dt.py --env-id Hopper-v5 --dataset-kind medium --dataset $data/Hopper-v5-medium.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20
+pretrain_dt__Hopper-medium__small        python pretrain_dt.py --env-id Hopper-v5 --dataset-kind medium --dataset $data/Hopper-v5-medium.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20 --save-data
 pretrain_dt__Hopper-medium-replay__small python pretrain_dt.py --env-id Hopper-v5 --dataset-kind medium-replay --dataset $data/Hopper-v5-medium-replay.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20 --save-data
 pretrain_dt__Ant-medium__small           python pretrain_dt.py --env-id Ant-v5 --dataset-kind medium --dataset $data/Ant-v5-medium.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20
 pretrain_dt__Ant-medium-replay__small    python pretrain_dt.py --env-id Ant-v5 --dataset-kind medium-replay --dataset $data/Ant-v5-medium-replay.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20 --save-data

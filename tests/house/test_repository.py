@@ -330,13 +330,13 @@ def anchors(page: str) -> set[str]:
 
 def commands(page: str) -> list[tuple[str, list[str]]]:
     """(script, words after it) of every command in fenced blocks and `spans` that runs a script with words after it;
-    benchmark/reinformer.py is one."""
+    benchmark/reinformer.py is one, and so are the baselines."""
     blocks = re.findall(FENCE, page, re.MULTILINE | re.DOTALL)
     spans = re.findall(r"`([^`\n]+)`", re.sub(FENCE, "", page, flags=re.MULTILINE | re.DOTALL))
     found = []
     for text in [*blocks, *spans]:
         for line in text.replace("\\\n", " ").splitlines():
-            for match in re.finditer(r"(?<!\w)((?:(?!test_)\w*_dt\w*|reinformer)\.py)( [^|&;>)]*)", line):
+            for match in re.finditer(r"(?<!\w)((?:(?!test_)\w*_dt\w*|reinformer|odt|iql)\.py)( [^|&;>)]*)", line):
                 found.append((match[1], match[2].split(" #")[0].split()))
     return found
 
@@ -392,8 +392,11 @@ def test_every_relative_link_points_to_something(page):
 @pytest.mark.parametrize("page", pages(), ids=lambda path: path.name)
 def test_commands_in_the_docs_use_flags_that_exist(page):
     fields = {script.name: args_fields(read(script)) for script in SCRIPTS}
+    fields |= {path.name: args_fields(read(path)) for path in (ROOT / "benchmark" / "baselines").glob("*.py")}
     twins = {"pretrain": "pretrain_dt.py", "finetune": "grpo_dt_continuous.py"}  # whose words reinformer.py takes
     for script, words in commands(read(page)):
+        if script == "odt.py" and words[0] == "pretrain":
+            script, words = "pretrain_dt.py", [word for word in words if word != "--td3"]
         if script == "reinformer.py":
             script = twins.get(words[0] if words else "", "grpo_dt_continuous.py")
         assert script in fields, f"no such script: {script}"
