@@ -45,6 +45,7 @@ import tempfile
 import threading
 import time
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -813,7 +814,7 @@ def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> g
     if render_mode:
         kwargs["render_mode"] = render_mode
     if task == "AdroitHandPen":
-        kwargs["max_episode_steps"] = 100  # D4RL's; gymnasium-robotics gives 200
+        kwargs.setdefault("max_episode_steps", 100)  # D4RL's; gymnasium-robotics gives 200
     if task == "AntMaze":
         kwargs["continuing_task"] = False  # an episode ends at the goal, its return is 0 or 1
     gym.logger.min_level = gym.logger.ERROR  # -v4 ids are meant here, and the Adroit reward is put right above
@@ -841,11 +842,12 @@ def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> g
     env.kwargs = env_kwargs  # for twins
     try:  # a step, for the old API and whatever a task's own code raises
         first, _ = env.reset(seed=0)
-        following = env.step(actions.high)[0]
+        following = env.step(actions.high.copy())[0]
     except Exception as error:
         die(f"{env_id} cannot be played: {error!r}. It must be of gymnasium's API, docs/environments.md shows one.")
     if {first.shape, following.shape} != {env.observation_space.shape}:
-        die(f"{env_id} gave an observation of shape {following.shape}, its space is {env.observation_space}: mend it.")
+        shapes = f"{first.shape} and {following.shape}"
+        die(f"{env_id} gave observations of shapes {shapes}, its space is {env.observation_space}: mend it.")
     return env
 
 
@@ -881,7 +883,7 @@ def film(env: gym.Env, env_id: str, seed: int, actions: np.ndarray, folder: Path
             camera.step(scale_action(action, env.action_space))
         camera.close()
         print(f"film: {folder}", flush=True)
-    except Exception as error:  # no GL library, no display: each raises its own; no reason to end a run
+    except (Exception, SystemExit) as error:  # no GL library, no display, no render_mode: no reason to end a run
         print(f"cannot film {env_id}: {error}. It needs a GL library (MUJOCO_GL=egl).", file=sys.stderr)
 
 
@@ -1377,7 +1379,7 @@ def choose_run_dir(args: Args) -> Path:
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
-        die(f"cannot write into {there}: {error.strerror}. Choose another --run-dir.")
+        die(f"cannot write into {there}: {error.strerror}. Mend that, or choose another --run-dir.")
     if args.resume:
         return run_dir
     table = run_dir / "metrics.csv"
@@ -1420,7 +1422,8 @@ def pretrained_on_random(args: Args) -> Path:
     # a context of c_online and small minibatches at a large rate: quick, and groups whose members differ
     recipe = dict(updates=900, batch_size=max(1, 128 // (3 * context - 1)), lr=1e-3, dataset_steps=30_000)
     made_by = "-".join(f"{value:g}" for value in recipe.values())
-    task = re.sub(r"[^\w.-]+", "_", args.env_id + (args.env_kwargs or ""))
+    task = re.sub("[/:]", "_", args.env_id)
+    task += f"__{zlib.crc32(args.env_kwargs.encode()):08x}" if args.env_kwargs else ""
     name = f"{task}__{args.embed_dim}__c{context}__v2-{made_by}__{args.seed}"
     target = Path(f"runs/pretrained/{name}")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -1531,8 +1534,9 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     values = content["args"] | {"env_id": content["env_id"]}
     saved = Args(**{name: value for name, value in values.items() if name in vars(args)})
     if args.eval_only:
-        own = dict(g_online=content["g_eval"], c_online=content["c_online"], threads=None)
-        saved = dataclasses.replace(saved, **own, capture_video=False, track=False, resume=None)
+        own = dict(g_online=content["g_eval"], c_online=content["c_online"], threads=None, workers=None)
+        own |= dict(capture_video=False, track=False, resume=None)
+        saved = dataclasses.replace(saved, **{name: own[name] for name in own.keys() & vars(args).keys()})
     args = tyro.cli(Args, args=arguments, default=saved)
     names = FIXED if args.resume else ("env_id", "c_online", "embed_dim")
     for name in [name for name in names if name in vars(args)]:

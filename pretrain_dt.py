@@ -628,7 +628,7 @@ def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> g
     if render_mode:
         kwargs["render_mode"] = render_mode
     if task == "AdroitHandPen":
-        kwargs["max_episode_steps"] = 100  # D4RL's; gymnasium-robotics gives 200
+        kwargs.setdefault("max_episode_steps", 100)  # D4RL's; gymnasium-robotics gives 200
     if task == "AntMaze":
         kwargs["continuing_task"] = False  # an episode ends at the goal, its return is 0 or 1
     gym.logger.min_level = gym.logger.ERROR  # -v4 ids are meant here, and the Adroit reward is put right above
@@ -656,11 +656,12 @@ def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> g
     env.kwargs = env_kwargs  # for twins
     try:  # a step, for the old API and whatever a task's own code raises
         first, _ = env.reset(seed=0)
-        following = env.step(actions.high)[0]
+        following = env.step(actions.high.copy())[0]
     except Exception as error:
         die(f"{env_id} cannot be played: {error!r}. It must be of gymnasium's API, docs/environments.md shows one.")
     if {first.shape, following.shape} != {env.observation_space.shape}:
-        die(f"{env_id} gave an observation of shape {following.shape}, its space is {env.observation_space}: mend it.")
+        shapes = f"{first.shape} and {following.shape}"
+        die(f"{env_id} gave observations of shapes {shapes}, its space is {env.observation_space}: mend it.")
     return env
 
 
@@ -696,7 +697,7 @@ def film(env: gym.Env, env_id: str, seed: int, actions: np.ndarray, folder: Path
             camera.step(scale_action(action, env.action_space))
         camera.close()
         print(f"film: {folder}", flush=True)
-    except Exception as error:  # no GL library, no display: each raises its own; no reason to end a run
+    except (Exception, SystemExit) as error:  # no GL library, no display, no render_mode: no reason to end a run
         print(f"cannot film {env_id}: {error}. It needs a GL library (MUJOCO_GL=egl).", file=sys.stderr)
 
 
@@ -962,7 +963,8 @@ def die_of_minari(dataset_id: str, error: Exception) -> NoReturn:
     from minari.storage.datasets_root_dir import get_dataset_path
 
     path = get_dataset_path(dataset_id)
-    die(f"cannot read the Minari dataset {dataset_id}: {str(error) or repr(error)}. Delete {path} and get it again.")
+    what = str(error) or repr(error)
+    die(f"cannot read the Minari dataset {dataset_id}: {what}. Mend {path}, or move it away and get it again.")
 
 
 def check_entry_points(path: Path) -> None:
@@ -970,8 +972,9 @@ def check_entry_points(path: Path) -> None:
     ValueError where that is code of others than gymnasium's."""
     metadata = json.loads(path.read_text())
     if not {"observation_space", "action_space"} <= metadata.keys():
-        named = re.findall(r'"entry_point": "([^"]*)', metadata["env_spec"])
-        if not named or not all(re.match(r"gymnasium(_robotics)?\.", each) for each in named):
+        spec = json.loads(metadata["env_spec"])
+        named = [each["entry_point"] for each in (spec, *spec["additional_wrappers"])]
+        if not all(re.match(r"gymnasium(_robotics)?\.", each) for each in named):
             raise ValueError(f"it states no spaces, and its environment is code of others: {named}")
 
 
@@ -982,25 +985,24 @@ def open_minari(dataset_id: str):
 
     if not re.fullmatch(r"[-\w/]+-v\d+", dataset_id):
         die(f'"{dataset_id}" is no dataset: give a Minari id (mujoco/hopper/medium-v0), an .hdf5 path, or random.')
-    path = get_dataset_path(dataset_id)
-    if path.exists():
+    path, root = get_dataset_path(dataset_id), get_dataset_path()
+    if not path.exists():
+        print(f"Minari dataset {dataset_id} is not on this machine: asking for it ...", flush=True)
         try:
-            check_entry_points(path / "data" / "metadata.json")
-            return minari.load_dataset(dataset_id)
-        except Exception as error:
-            die_of_minari(dataset_id, error)
-    print(f"Minari dataset {dataset_id} is not on this machine: asking for it ...", flush=True)
-    try:
-        from huggingface_hub import constants, get_session
+            from huggingface_hub import constants, get_session
 
-        get_session().head(constants.ENDPOINT, timeout=10)  # without a network Minari would try for half a minute
-        remote = minari.list_remote_datasets(prefix=dataset_id.rsplit("-v", 1)[0])
-        size = remote.get(dataset_id, {}).get("dataset_size", "unknown")
-        print(f"downloading {dataset_id}, {size} MB, to {path}", flush=True)
-        return minari.load_dataset(dataset_id, download=True)
-    except Exception as error:  # Minari raises ValueError, FileNotFoundError, bare connection errors and more
-        local = get_dataset_path()
-        die(f"cannot get the Minari dataset {dataset_id}: {error}. Local ones lie in {local}; check the network.")
+            get_session().head(constants.ENDPOINT, timeout=10)  # without a network Minari would try for half a minute
+            remote = minari.list_remote_datasets(prefix=dataset_id.rsplit("-v", 1)[0])
+            size = remote.get(dataset_id, {}).get("dataset_size", "unknown")
+            print(f"downloading {dataset_id}, {size} MB, to {path}", flush=True)
+            minari.download_dataset(dataset_id)
+        except Exception as error:  # Minari raises ValueError, FileNotFoundError, bare connection errors and more
+            die(f"cannot get the Minari dataset {dataset_id}: {error}. Local ones lie in {root}; check the network.")
+    try:
+        check_entry_points(path / "data" / "metadata.json")
+        return minari.load_dataset(dataset_id)
+    except Exception as error:
+        die_of_minari(dataset_id, error)
 
 
 def choose_kwargs(args: Args) -> dict:
@@ -1012,7 +1014,7 @@ def choose_kwargs(args: Args) -> dict:
     kwargs = {"maze_map": UMAZE} if umaze else {}
     if args.dataset != "random" and not args.dataset.endswith(".hdf5"):
         spec = open_minari(args.dataset).spec.env_spec
-        if spec is not None and spec.id == args.env_id:  # another version may know other arguments
+        if spec is not None and spec.id == args.env_id.split(":")[-1]:  # another version may know other arguments
             kwargs |= {name: value for name, value in spec.kwargs.items() if name != "render_mode"}
     return kwargs | env_kwargs_of(args)
 
@@ -1263,7 +1265,7 @@ def choose_run_dir(args: Args) -> Path:
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
-        die(f"cannot write into {there}: {error.strerror}. Choose another --run-dir.")
+        die(f"cannot write into {there}: {error.strerror}. Mend that, or choose another --run-dir.")
     if args.resume:
         return run_dir
     table = run_dir / "metrics.csv"
@@ -1363,8 +1365,9 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     values = content["args"] | {"env_id": content["env_id"]}
     saved = Args(**{name: value for name, value in values.items() if name in vars(args)})
     if args.eval_only:
-        own = dict(g_online=content["g_eval"], c_online=content["c_online"], threads=None)
-        saved = dataclasses.replace(saved, **own, capture_video=False, track=False, resume=None)
+        own = dict(g_online=content["g_eval"], c_online=content["c_online"], threads=None, workers=None)
+        own |= dict(capture_video=False, track=False, resume=None)
+        saved = dataclasses.replace(saved, **{name: own[name] for name in own.keys() & vars(args).keys()})
     args = tyro.cli(Args, args=arguments, default=saved)
     names = FIXED if args.resume else ("env_id", "c_online", "embed_dim")
     for name in [name for name in names if name in vars(args)]:

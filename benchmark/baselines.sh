@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The baselines of Table 1 on all 17 datasets, and at width 128 what docs/baselines.md compares. Settings that are not on
-# a line are those of the task's row in docs/baselines.md; a run prints them and keeps them in args.json. Each begins with
-# a pretraining of its own, which is run first if it is not finished under runs/.
+# The baselines of Table 1 on all 17 datasets, and lines at width 128 beside small.sh's. Settings that are not on a line
+# are those of the task's row in docs/baselines.md; a run prints them and keeps them in args.json. The pretraining that a
+# line needs is run first if it is not finished under runs/.
 #
 #   bash benchmark/baselines.sh --quick                            toy sizes, random data: does all of it run?
 #   bash benchmark/baselines.sh --only odt__Hopper-medium__        some lines; --dry-run shows what would be done

@@ -110,6 +110,8 @@ def main() -> None:
     for copy in args.copies:
         if not copy.is_file():
             die(f"{copy} not found: cp {ORIGINAL.name} {copy}, and change a function in it.")
+        if copy.stem == ORIGINAL.stem or copy.resolve().parent != ORIGINAL.resolve().parent:
+            die(f"{copy} must stand beside {ORIGINAL.name}, under another name.")
         if not changes(copy):
             die(f"{copy} is {ORIGINAL.name}, word for word: change a function in it.")
         print("\n".join(changes(copy)), flush=True)

@@ -1,6 +1,6 @@
 """A GIF of what checkpoints do, side by side: an episode each with the mean action, from the same first state.
 
-    MUJOCO_GL=egl python benchmark/film.py RUN [RUN ...] [--out film.gif] [--seed 0] [--frames 40] [--every 12]
+    MUJOCO_GL=egl python benchmark/film.py RUN [RUN ...] [--out film.gif] [--seed 0] [--start 0] [--every 12] ...
 
 RUN is the folder of a run of any script here, or the checkpoint.pt in it; its environment is one of MuJoCo's. It needs
 a GL library: MUJOCO_GL=egl with a GPU, MUJOCO_GL=osmesa (package libosmesa6) without; neither where there is a display.
@@ -19,12 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ppo_dt_continuous as ppo
 
-COLOURS = 16
+COLOURS = 8
 
 
 def play(path: str, seed: int, length: int) -> tuple[dict, ppo.Steps]:
     """The checkpoint in `path`, and the first `length` steps of its episode of `seed`, as rollout returns them."""
     content = ppo.load_checkpoint(path)
+    if ":" in content["env_id"]:
+        ppo.die(f"{path} imports a module, {content['env_id']}: this films tasks of gymnasium's alone.")
     model = ppo.load_model(content, ppo.set_up_torch(ppo.Args(cuda=False)), bf16=False).eval()
     g, noise = np.array([content["g_eval"]]), np.zeros((1, 0, model.act_dim), np.float32)
     with ppo.Environments(ppo.make_env(content["env_id"], content["env_kwargs"]), 1) as envs:
@@ -37,22 +39,22 @@ def paint(model) -> None:
     """Large pale tiles under a pale sky, and an orange robot: seen well when small, and few bytes."""
     model.mat_texrepeat /= 6.0
     model.mat_reflectance[:] = 0.0
-    model.tex_data[:] = 200 + model.tex_data // 6
+    model.tex_data[:] = 210 + model.tex_data // 8
     robot = model.geom_bodyid > 0
     model.geom_matid[robot] = -1
     model.geom_rgba[robot] = (0.85, 0.35, 0.1, 1.0)
 
 
-def draw(content: dict, steps: ppo.Steps, seed: int, every: int, size: int) -> list[Image.Image]:
-    """Pictures (size, size), one every so many steps to the episode's end: return so far, place on x [m]."""
-    kwargs = content["env_kwargs"] | dict(width=size, height=size, camera_name="track")
+def draw(content: dict, steps: ppo.Steps, args: argparse.Namespace) -> list[Image.Image]:
+    """Pictures (size, size), one every so many steps from --start on: return so far, place on x [m]."""
+    kwargs = content["env_kwargs"] | dict(width=args.size, height=args.size, camera_name="track")
     camera = ppo.make_env(content["env_id"], kwargs, "rgb_array")
     paint(camera.unwrapped.model)
-    camera.reset(seed=seed)
+    camera.reset(seed=args.seed)
     pictures = []
     for t, action in enumerate(steps.actions[0][steps.real[0]]):
         camera.step(ppo.scale_action(action, camera.action_space))
-        if t % every == 0:
+        if t >= args.start and (t - args.start) % args.every == 0:
             picture = Image.fromarray(camera.render())
             text = f"return {steps.rewards[0, : t + 1].sum():,.0f}   {camera.unwrapped.data.qpos[0]:.1f} m"
             ImageDraw.Draw(picture).text((6, 4), text, fill="black")
@@ -66,15 +68,18 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="folders of runs, or checkpoints, from left to right")
     parser.add_argument("--out", default="film.gif", help="where the GIF goes")
     parser.add_argument("--seed", type=int, default=0, help="seed of the episode")
+    parser.add_argument("--start", type=int, default=0, help="environment steps before the first picture")
     parser.add_argument("--frames", type=int, default=40, help="pictures at most")
     parser.add_argument("--every", type=int, default=12, help="environment steps between two pictures")
     parser.add_argument("--size", type=int, default=200, help="width and height of a run's picture [pixels]")
     args = parser.parse_args()
-    films = []
+    films = []  # of a run each
     for path in args.runs:
-        content, steps = play(path, args.seed, args.frames * args.every)
-        films.append(draw(content, steps, args.seed, args.every, args.size))
-        print(f"{path}: {steps.real.sum()} steps, return {steps.rewards.sum():,.0f}")
+        content, steps = play(path, args.seed, args.start + args.frames * args.every)
+        films.append(draw(content, steps, args))
+        print(f"{path}: {steps.real.sum()} steps, return {steps.rewards.sum():,.0f}, {len(films[-1])} pictures")
+        if not films[-1]:
+            raise SystemExit(f"error: {path} falls before step {args.start}: give a smaller --start.")
     frames = []
     for i in range(max(map(len, films))):
         frame = Image.new("RGB", (args.size * len(films), args.size))

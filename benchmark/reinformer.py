@@ -121,7 +121,7 @@ def command_line(arguments: list[str]) -> None:
         grpo.die(f'the first word is "{command}": give pretrain or finetune, and then the flags of that script.')
 
 
-if __name__ == "__main__":  # as in the scripts
+if __name__ == "__main__":
     if any(word.replace("_", "-") == "--capture-video" for word in sys.argv) and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
@@ -129,6 +129,6 @@ if __name__ == "__main__":  # as in the scripts
     except SystemExit as stop:
         raise SystemExit(1 if stop.code == 2 else stop.code) from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped: a run goes on from its last checkpoint with --resume RUN_DIR") from None
+        raise SystemExit("stopped: a run that has a checkpoint goes on with --resume RUN_DIR") from None
     except OSError as error:
         grpo.die(f"{error}: what was written before is kept; once that is mended, go on with --resume RUN_DIR.")

@@ -39,7 +39,7 @@ except ImportError:
     raise SystemExit("error: benchmark/run.py needs Linux or macOS (on Windows: WSL).") from None
 
 LENGTH = ("--iterations", "--updates")  # a resumed run may get a larger one
-FREE = ("--cuda", "--no-cuda", "--track")  # a resumed run may get another one
+FREE = ("--cuda", "--no-cuda", "--track", "--save-data")  # a resumed run may get another one
 
 # --quick: these flags instead of a line's own, so that a line takes seconds. L_traj and L_eval stay the line's.
 QUICK = {

@@ -17,12 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ppo_dt_continuous as ppo
 
-LEFT_BEHIND = ("learner", "replay", "rows")
+LEFT_BEHIND = ("learner", "replay", "rolled", "rows")
 
 
 def ship(run: str, folder: Path) -> None:
     """Write the checkpoint of `run` into `folder`, without what only resuming needs. The observations' mean and scale
     stay in full precision: they are few, and their range is the task's."""
+    if (folder / "checkpoint.pt").exists():
+        ppo.die(f"{folder} has a checkpoint: choose another folder.")
     content = {name: value for name, value in ppo.load_checkpoint(run).items() if name not in LEFT_BEHIND}
     for name, weight in content["weights"].items():
         if weight.dtype == torch.float32 and not name.startswith("obs_"):

@@ -51,6 +51,7 @@ class Args:
     """IQL, offline and then online. Fields left at None take the task's row."""
 
     env_id: str = "Hopper-v5"  # an environment of gymnasium, gymnasium-robotics, or MODULE:ID of your own
+    env_kwargs: str | None = None  # its arguments as JSON: '{"healthy_reward": 2.0}' [None: the data's or checkpoint's]
     pretrained: str | None = None  # run folder of pretraining with --save-data, for its data [None: random data]
     data: str | None = None  # run folder whose data.npz is learned from [None: that of --pretrained]
     dataset_kind: DatasetKind | None = None  # kind of data, picks the row [None: the checkpoint's]
@@ -260,8 +261,10 @@ class IQLLearner:
             self.updates += 1
             logged.append({name: value.detach() for name, value in values.items()})
             if update % 1000 == 0 and self.updates <= args.offline_updates:
-                shown = "  ".join(f"{name} {value.item():,.4g}" for name, value in logged[-1].items())
+                means = q_guided.mean_losses(logged)
+                shown = "  ".join(f"{name.removeprefix('losses/')} {value:,.4g}" for name, value in means.items())
                 print(f"offline {update:,}/{updates:,}  {shown}", flush=True)
+                logged.clear()
         self.actor.eval()
         return q_guided.mean_losses(logged) if logged else {}
 
@@ -301,7 +304,7 @@ def main(args: Args) -> Path:
     base = q_guided.start(args)
     device = q_guided.set_up_torch(args)
     offline, fingerprint = q_guided.read_data(base, args)
-    env = q_guided.make_env(args.env_id, base["env_kwargs"])
+    env = q_guided.make_env(args.env_id, q_guided.env_kwargs_of(args, base["env_kwargs"]))
     run_dir = q_guided.choose_run_dir(args)
     sizes = dict(obs_dim=base["sizes"]["obs_dim"], act_dim=base["sizes"]["act_dim"], hidden_dim=args.hidden_dim)
     actor = load_model(base, device, dropout=args.dropout) if args.resume else new_actor(sizes, args, base, device)
@@ -392,7 +395,7 @@ def command_line(arguments: list[str]) -> None:
     q_guided.eval_only(args, q_guided.Environments) if args.eval_only else main(args)
 
 
-if __name__ == "__main__":  # as in the scripts
+if __name__ == "__main__":
     if any(word.replace("_", "-") == "--capture-video" for word in sys.argv) and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
@@ -400,6 +403,6 @@ if __name__ == "__main__":  # as in the scripts
     except SystemExit as stop:
         raise SystemExit(1 if stop.code == 2 else stop.code) from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped: a run goes on from its last checkpoint with --resume RUN_DIR") from None
+        raise SystemExit("stopped: a run that has a checkpoint goes on with --resume RUN_DIR") from None
     except OSError as error:
         q_guided.die(f"{error}: what was written before is kept; once that is mended, go on with --resume RUN_DIR.")

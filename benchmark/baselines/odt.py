@@ -62,6 +62,7 @@ class Args:
     """Finetune a pretrained Decision Transformer by ODT. Fields left at None take the task's row."""
 
     env_id: str = "Hopper-v5"  # an environment of gymnasium, gymnasium-robotics, or MODULE:ID of your own
+    env_kwargs: str | None = None  # its arguments as JSON: '{"healthy_reward": 2.0}' [None: the data's or checkpoint's]
     pretrained: str | None = None  # run folder of pretraining with --save-data [None: made from random data]
     data: str | None = None  # run folder whose data.npz the replay begins with [None: that of --pretrained]
     dataset_kind: DatasetKind | None = None  # kind of data, picks the row [None: the checkpoint's]
@@ -293,7 +294,7 @@ class Batch(NamedTuple):
     """Windows of transitions."""
 
     now: Windows  # s, g, a
-    later: Windows  # the same windows a step later: s', g' = g - r, the realised one, and the action before it
+    later: Windows  # the same windows a step later: s', g' = g - r, the realised one, and actions
     rewards: torch.Tensor  # (B, K) raw
     terminated: torch.Tensor  # (B, K) whether the task ended its trajectory with this step
     usable: torch.Tensor  # (B, K) a real step, and s' is known, or not needed since it terminated
@@ -317,8 +318,8 @@ def draw_batch(replay: pretrain.Dataset, args: Args, rng: np.random.Generator, d
     size = (columns.shape[-1] - 3) // 2
     s, following, rewards, terminated, usable = columns.split([size, size, 1, 1, 1], dim=-1)
     rewards = rewards[..., 0]
-    before = torch.cat([actions[:, 1:], torch.zeros_like(actions[:, :1])], dim=1)  # the last one is not read
-    later = Windows(following, returns - rewards, before, real)
+    shifted = torch.cat([actions[:, 1:], torch.zeros_like(actions[:, :1])], dim=1)  # the last one is not read
+    later = Windows(following, returns - rewards, shifted, real)
     return Batch(Windows(s, returns, actions, real), later, rewards, terminated[..., 0] > 0, usable[..., 0] > 0)
 
 
@@ -442,7 +443,7 @@ def main(args: Args) -> Path:
     base = q_guided.start(args)
     model = load_model(base, q_guided.set_up_torch(args), args.bf16, args.dropout)
     offline, fingerprint = read_data(base, args)
-    env = q_guided.make_env(args.env_id, base["env_kwargs"])
+    env = q_guided.make_env(args.env_id, q_guided.env_kwargs_of(args, base["env_kwargs"]))
     run_dir = q_guided.choose_run_dir(args)
     # an update of ODT is pretraining's, and so are its optimiser and entropy dual
     learner = TD3Learner(model, args) if args.td3 else pretrain.Learner(model, args)
@@ -549,7 +550,7 @@ def command_line(arguments: list[str]) -> None:
         q_guided.eval_only(args, q_guided.Environments) if args.eval_only else main(args)
 
 
-if __name__ == "__main__":  # as in the scripts
+if __name__ == "__main__":
     if any(word.replace("_", "-") == "--capture-video" for word in sys.argv) and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
@@ -557,6 +558,6 @@ if __name__ == "__main__":  # as in the scripts
     except SystemExit as stop:
         raise SystemExit(1 if stop.code == 2 else stop.code) from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped: a run goes on from its last checkpoint with --resume RUN_DIR") from None
+        raise SystemExit("stopped: a run that has a checkpoint goes on with --resume RUN_DIR") from None
     except OSError as error:
         q_guided.die(f"{error}: what was written before is kept; once that is mended, go on with --resume RUN_DIR.")

@@ -315,7 +315,7 @@ def shell(*words, **settings):
 def test_a_line_for_every_cell_of_table_1_and_each_is_parsed_with_the_pretraining_that_it_needs(tmp_path):
     code, printed = shell("--dry-run", SEEDS="1")
     assert code == 0, printed
-    runs = [launcher.parse(line.split(" ", 1)[1].strip()) for line in printed.splitlines()]
+    runs = [launcher.parse(line.split(" ", 1)[1].split()) for line in printed.splitlines()]
     folders = {each.folder: each for each in runs}
     parsed_before = set()
     cells = [key for row in report.read_csv(report.PAPER / "table1.csv") for key in report.dataset_keys(row["dataset"])]

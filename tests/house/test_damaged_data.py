@@ -251,10 +251,14 @@ def test_a_minari_dataset_cannot_have_its_own_code_run(outcome, copied, tmp_path
     del metadata["observation_space"]
     (copied / "metadata.json").write_text(json.dumps(metadata))
     assert outcome(MINARI_ID, MINARI_ID).lengths.tolist() == [20, 20, 20]  # gymnasium's own may be made
-    spec = json.loads(metadata["env_spec"]) | {"entry_point": "foreign:Env"}
-    (copied / "metadata.json").write_text(json.dumps(metadata | {"env_spec": json.dumps(spec)}))
-    assert "foreign:Env" in outcome(MINARI_ID, MINARI_ID)
-    assert not (tmp_path / "ran").exists()
+    spec = json.loads(metadata["env_spec"])
+    wrapper = {"name": "Foreign", "entry_point": "foreign:Wrapper", "kwargs": {}}
+    for changed in ({"entry_point": "foreign:Env"}, {"additional_wrappers": [wrapper]}):
+        (copied / "metadata.json").write_text(
+            json.dumps(metadata | {"env_spec": json.dumps(spec | changed, separators=(",", ":"))})
+        )
+        assert "foreign:" in outcome(MINARI_ID, MINARI_ID)
+        assert not (tmp_path / "ran").exists()
 
 
 # ---- data.npz -------------------------------------------------------------------------------------------------------
