@@ -787,7 +787,7 @@ class D4RLRules(gym.Wrapper):
         return self.flat(observation), info
 
     def step(self, action):
-        observation, reward, terminated, truncated, info = self.env.step(action)
+        observation, reward, terminated, truncated, info = self.env.step(np.copy(action))  # a task may write into it
         observation = self.flat(observation)
         reward = np.asarray(reward, np.float64).item()  # some tasks give an array (1,)
         if self.rules == "AdroitHandDoor-v1":
@@ -837,7 +837,7 @@ def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> g
     env.kwargs = env_kwargs  # for twins
     try:  # a step, for the old API and whatever a task's own code raises
         first, _ = env.reset(seed=0)
-        following = env.step(actions.high.copy())[0]
+        following = env.step(actions.high)[0]
     except Exception as error:
         die(f"{env_id} cannot be played: {error!r}. It must be of gymnasium's API, docs/environments.md shows one.")
     if {first.shape, following.shape} != {env.observation_space.shape}:

@@ -206,7 +206,7 @@ def play(env: gym.Env, choose, steps: int, seed: int, after=None) -> Transitions
     observation, total, returns = np.array(env.reset(seed=seed)[0], np.float64), 0.0, []
     while True:
         action = choose(observation)
-        following, reward, terminated, truncated, _ = env.step(action)
+        following, reward, terminated, truncated, _ = env.step(action.copy())
         following = np.array(following, np.float64)  # a copy: some environments return their own buffer, or integers
         reward = np.asarray(reward, np.float64).item()  # or a reward of shape (1,)
         transitions.add(observation, action, reward, terminated, truncated, following)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ppo_dt_continuous as ppo
 
-COLOURS = 8
+COLOURS = 10
 
 
 def play(path: str, seed: int, length: int) -> tuple[dict, ppo.Steps]:
@@ -37,9 +37,9 @@ def play(path: str, seed: int, length: int) -> tuple[dict, ppo.Steps]:
 
 def paint(model) -> None:
     """Large pale tiles under a pale sky, and an orange robot: seen well when small, and few bytes."""
-    model.mat_texrepeat /= 6.0
+    model.mat_texrepeat /= 12.0
     model.mat_reflectance[:] = 0.0
-    model.tex_data[:] = 210 + model.tex_data // 8
+    model.tex_data[:] = 215 + model.tex_data // 10
     robot = model.geom_bodyid > 0
     model.geom_matid[robot] = -1
     model.geom_rgba[robot] = (0.85, 0.35, 0.1, 1.0)

@@ -49,7 +49,7 @@ def finetune(script, pretrained, folder, env_id, *more):
 class Faulty(gym.Env):
     """A point on a line with the faults of real tasks: no render_mode, a seed for a generator of 32 bits, whole numbers
     at reset, its own buffer as the observation, a reward (1,), a place among the info that is an array, an action that
-    can't move; it insists on its action space."""
+    can't move; it insists on its action space, and writes into its action."""
 
     observation_space = gym.spaces.Box(-10.0, 10.0, (2,), np.float32)
     action_space = gym.spaces.Box(np.float32([-1.0, 0.5]), np.float32([1.0, 0.5]))
@@ -65,6 +65,7 @@ class Faulty(gym.Env):
     def step(self, action):
         assert self.action_space.contains(action), (action, action.dtype)
         self.place += 0.1 * action
+        action[:] = 9.0
         return self.place, -np.abs(self.place).sum(keepdims=True), False, False, {"x_position": self.place[:1]}
 
 
