@@ -9,6 +9,7 @@ a GL library: MUJOCO_GL=egl with a GPU, MUJOCO_GL=osmesa (package libosmesa6) wi
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -73,21 +74,31 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=12, help="environment steps between two pictures")
     parser.add_argument("--size", type=int, default=200, help="width and height of a run's picture [pixels]")
     args = parser.parse_args()
+    if min(args.frames, args.every, args.size) < 1 or args.start < 0:
+        ppo.die("--frames, --every and --size are 1 or more, --start is 0 or more: give such numbers.")
     films = []  # of a run each
     for path in args.runs:
         content, steps = play(path, args.seed, args.start + args.frames * args.every)
-        films.append(draw(content, steps, args))
+        try:
+            films.append(draw(content, steps, args))
+        except Exception as error:  # without a GL library or a camera "track" each platform raises its own
+            ppo.die(f"cannot film {path}: {error}. It needs a GL library: MUJOCO_GL=egl with a GPU, osmesa without.")
         print(f"{path}: {steps.real.sum()} steps, return {steps.rewards.sum():,.0f}, {len(films[-1])} pictures")
         if not films[-1]:
-            raise SystemExit(f"error: {path} falls before step {args.start}: give a smaller --start.")
+            ppo.die(f"{path} has no step {args.start}: give a smaller --start.")
     frames = []
     for i in range(max(map(len, films))):
         frame = Image.new("RGB", (args.size * len(films), args.size))
         for column, film in enumerate(films):
             frame.paste(film[min(i, len(film) - 1)], (column * args.size, 0))  # an episode's last picture stays
         frames.append(frame.quantize(COLOURS, dither=Image.Dither.NONE))
-    frames[0].save(args.out, save_all=True, append_images=frames[1:], duration=100, loop=0, optimize=True)
-    print(f"{args.out}: {len(frames)} pictures, {Path(args.out).stat().st_size / 1000:.0f} kB")
+    gif = io.BytesIO()
+    frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], duration=100, loop=0, optimize=True)
+    try:
+        ppo.write_file(Path(args.out), gif.getvalue())  # whole or not at all
+    except OSError as error:
+        ppo.die(f"--out: {error}. Give another place.")
+    print(f"{args.out}: {len(frames)} pictures, {len(gif.getvalue()) / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -117,6 +117,26 @@ def test_a_film_begins_at_start_and_ends_with_the_episode(tmp_path, monkeypatch)
     assert (left, right) == (150, 90)  # step 5; step 3, the last one of b
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [("--frames 0", "--frames"), ("--start 99", "--start"), ("--out no/film.gif", "--out"), ("", "MUJOCO_GL")],
+)
+def test_a_film_that_cannot_be_made_is_one_line_and_leaves_nothing(words, named, tmp_path, monkeypatch, refused):
+    def draw(content, steps, args):
+        if not words:
+            raise AttributeError("'NoneType' object has no attribute 'glGetError'")
+        return [Image.new("RGB", (20, 20))] * (args.start < 9)
+
+    ones = np.ones((1, 9))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(film, "play", lambda *given: ({}, ppo.Steps(*[ones.astype(bool)] * 5, ones, *[ones] * 3)))
+    monkeypatch.setattr(film, "draw", draw)
+    monkeypatch.setattr(sys, "argv", f"film.py a --size 20 {words}".split())
+    with refused(named):
+        film.main()
+    assert not list(tmp_path.iterdir())
+
+
 @each_checkpoint
 def test_what_is_filmed_is_what_is_evaluated(folder):
     _, steps = film.play(str(folder), seed=0, length=30)
