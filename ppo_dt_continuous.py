@@ -76,6 +76,7 @@ class Args:
     dataset_kind: DatasetKind | None = None  # kind of data, picks the paper's row [None: the checkpoint's]
     embed_dim: int = 512  # E, width of the transformer that is made where --pretrained is left out
     iterations: int = 500  # T of Algorithm 2
+    small: bool = False  # settings that learn on a laptop (SMALL) where no flag says otherwise, not the paper's
     seed: int = 1  # seed of every random stream
 
     # Rollouts and advantages
@@ -143,6 +144,8 @@ ROWS = {
     ("AntMaze", "umaze"): (256, 1, 2.0, 8, 5e-5, 1e-3, 0.02, *OTHERS),
     ("AntMaze", "diverse"): (256, 5, 2.0, 8, 5e-5, 1e-3, 0.02, *OTHERS),
 }
+# --small: what learns in an hour on a processor core (docs/results.md). One for all tasks and kinds of data.
+SMALL = dict(embed_dim=128, gamma=0.995)
 
 
 def paper_row(env_id: str, kind: str) -> tuple[str, dict]:
@@ -1295,7 +1298,7 @@ def check_args(args: Args) -> None:
 # Fields of all scripts here that the saved state hangs on: they may not change when a run goes on.
 FIXED = ("env_id", "pretrained", "dataset_kind", "embed_dim", "c_online", "l_traj", "kappa_initial", "run_dir")
 FIXED += ("hindsight", "full_trajectories", "mixed_groups", "ratio", "random_points", "n_layers", "n_heads")
-FIXED += ("value_dim", "value_norm", "critic_dim", "critic_norm", "reward_divisor")
+FIXED += ("value_dim", "value_norm", "critic_dim", "critic_norm", "reward_divisor", "small")
 
 
 def parse_args(arguments: list[str] | None = None) -> Args:
@@ -1303,6 +1306,9 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=arguments)
     path = args.resume or args.eval_only
     if path is None:
+        if args.small:
+            args = tyro.cli(Args, args=arguments, default=Args(small=True, **SMALL))
+            print("--small: " + ", ".join(f"{name} {getattr(args, name):g}" for name in SMALL), flush=True)
         return args
     content = load_checkpoint(path)
     if args.resume and (args.eval_only or content["script"] != Path(__file__).stem):

@@ -74,6 +74,7 @@ class Args:
     dataset_steps: int = 100_000  # size of the random dataset [environment steps]
     drop_last_episode: bool = False  # leave out the last trajectory, as the paper's episode counts do
     save_data: bool = False  # keep the data as RUN_DIR/data.npz, for q_guided_grpo_dt.py (Ant: 460 MB a million steps)
+    small: bool = False  # settings that learn on a laptop (SMALL) where no flag says otherwise, not the paper's
     seed: int = 1  # seed of every random stream
 
     # Network
@@ -124,6 +125,8 @@ ROWS = {
     "AntMaze": (200_000, 1e-4, 5, 1, 1.0),
     "AntMaze diverse": (200_000, 1e-4, 1, 5, 1.0),
 }
+# --small: what learns in an hour on a processor core (docs/results.md). One for all tasks and kinds of data.
+SMALL = dict(embed_dim=128, c_offline=1, updates=4_000, lr=1e-3)
 
 
 def fill_from_row(args: Args, best_return: float) -> None:
@@ -1346,7 +1349,7 @@ def check_args(args: Args) -> None:
 # Fields of all scripts here that the saved state hangs on: they may not change when a run goes on.
 FIXED = ("env_id", "pretrained", "dataset_kind", "embed_dim", "c_online", "l_traj", "kappa_initial", "run_dir")
 FIXED += ("hindsight", "full_trajectories", "mixed_groups", "ratio", "random_points", "n_layers", "n_heads")
-FIXED += ("value_dim", "value_norm", "critic_dim", "critic_norm", "reward_divisor")
+FIXED += ("value_dim", "value_norm", "critic_dim", "critic_norm", "reward_divisor", "small")
 
 
 def parse_args(arguments: list[str] | None = None) -> Args:
@@ -1354,6 +1357,9 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=arguments)
     path = args.resume or args.eval_only
     if path is None:
+        if args.small:
+            args = tyro.cli(Args, args=arguments, default=Args(small=True, **SMALL))
+            print("--small: " + ", ".join(f"{name} {getattr(args, name):g}" for name in SMALL), flush=True)
         return args
     content = load_checkpoint(path)
     if args.resume and (args.eval_only or content["script"] != Path(__file__).stem):

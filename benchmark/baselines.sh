@@ -50,9 +50,9 @@ $(each_cell "odt__@cell python benchmark/baselines/odt.py @task --pretrained run
 $(each_cell "odt_td3__@cell python benchmark/baselines/odt.py --td3 @task --pretrained runs/pretrain_dt__@cell__odt-td3__{seed} --iterations 1500")
 $(each_cell "iql__@cell python benchmark/baselines/iql.py @task --pretrained runs/pretrain_dt__@cell__odt__{seed} --iterations 1000")
 # Width 128 on processor cores, from the policies that the other methods of small.sh begin with
-odt__Hopper-random__small python benchmark/baselines/odt.py --env-id Hopper-v5 --embed-dim 128 --c-online 1 --iterations 100
+odt__Hopper-random__small python benchmark/baselines/odt.py --env-id Hopper-v5 --small --iterations 100
 odt__Hopper-medium__small python benchmark/baselines/odt.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 100
-odt_td3__Hopper-random__small python benchmark/baselines/odt.py --td3 --env-id Hopper-v5 --embed-dim 128 --c-online 1 --iterations 100
+odt_td3__Hopper-random__small python benchmark/baselines/odt.py --td3 --env-id Hopper-v5 --small --iterations 100
 odt_td3__Hopper-medium__small python benchmark/baselines/odt.py --td3 --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 100
 iql__Hopper-random__small python benchmark/baselines/iql.py --env-id Hopper-v5 --iterations 300
 iql__Hopper-medium__small python benchmark/baselines/iql.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 300

@@ -9,11 +9,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${DATASETS:-datasets}  # Hopper-v5-medium.hdf5 and so on, as benchmark/collect_dataset.py writes them
 pretraining=$(cat <<LINES
-pretrain_dt__Hopper-medium__small        python pretrain_dt.py --env-id Hopper-v5 --dataset-kind medium --dataset $data/Hopper-v5-medium.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20 --save-data
-pretrain_dt__Hopper-medium-replay__small python pretrain_dt.py --env-id Hopper-v5 --dataset-kind medium-replay --dataset $data/Hopper-v5-medium-replay.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20 --save-data
-pretrain_dt__Ant-medium__small           python pretrain_dt.py --env-id Ant-v5 --dataset-kind medium --dataset $data/Ant-v5-medium.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20
-pretrain_dt__Ant-medium-replay__small    python pretrain_dt.py --env-id Ant-v5 --dataset-kind medium-replay --dataset $data/Ant-v5-medium-replay.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20 --save-data
-pretrain_dt__Door-human__small           python pretrain_dt.py --env-id AdroitHandDoor-v1 --dataset-kind human --dataset $data/door-human.hdf5 --embed-dim 128 --c-offline 1 --updates 4000 --lr 1e-3 --eval-episodes 20
+pretrain_dt__Hopper-medium__small        python pretrain_dt.py --env-id Hopper-v5 --dataset-kind medium --dataset $data/Hopper-v5-medium.hdf5 --small --eval-episodes 20 --save-data
+pretrain_dt__Hopper-medium-replay__small python pretrain_dt.py --env-id Hopper-v5 --dataset-kind medium-replay --dataset $data/Hopper-v5-medium-replay.hdf5 --small --eval-episodes 20 --save-data
+pretrain_dt__Ant-medium__small           python pretrain_dt.py --env-id Ant-v5 --dataset-kind medium --dataset $data/Ant-v5-medium.hdf5 --small --eval-episodes 20
+pretrain_dt__Ant-medium-replay__small    python pretrain_dt.py --env-id Ant-v5 --dataset-kind medium-replay --dataset $data/Ant-v5-medium-replay.hdf5 --small --eval-episodes 20 --save-data
+pretrain_dt__Door-human__small           python pretrain_dt.py --env-id AdroitHandDoor-v1 --dataset-kind human --dataset $data/door-human.hdf5 --small --eval-episodes 20
 LINES
 )
 exec "${PYTHON:-python}" benchmark/run.py --needs <(echo "$pretraining") "$@" <<LINES
@@ -30,15 +30,15 @@ grpo_dt__Hopper-medium__small            python grpo_dt_continuous.py --env-id H
 grpo_dt__Hopper-medium__small-kappa0.01            python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 220 --lr 5e-4 --buffer-size 512 --kappa-initial 0.01 --eval-every 3
 grpo_dt__Hopper-medium__small-kappa0.01-gamma0.999 python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 120 --lr 5e-4 --buffer-size 512 --kappa-initial 0.01 --gamma 0.999 --eval-every 3
 grpo_dt__Hopper-medium__small-kappa-lr1e-2         python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 100 --lr 5e-4 --buffer-size 512 --kappa-lr 1e-2 --eval-every 3
-grpo_dt__Hopper-medium__small-steps                python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 1000 --n-sources 4 --n-batch 128 --buffer-size 512 --lr 1e-4 --kappa-initial 0.01 --eval-every 10
-grpo_dt__Ant-medium__small-steps                   python grpo_dt_continuous.py --env-id Ant-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Ant-medium__small__{seed} --iterations 500 --n-sources 4 --n-batch 128 --buffer-size 512 --lr 1e-4 --kappa-initial 0.01 --eval-every 10
+grpo_dt__Hopper-medium__small-steps                python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 1000 --small
+grpo_dt__Ant-medium__small-steps                   python grpo_dt_continuous.py --env-id Ant-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Ant-medium__small__{seed} --iterations 500 --small
 ppo_dt__Hopper-medium__small             python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 84
 ppo_dt__Hopper-medium__small-gamma0.995  python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 84 --gamma 0.995
 ppo_dt__Hopper-medium__shipped-gamma0.995 python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained benchmark/checkpoints/hopper-medium --iterations 40 --gamma 0.995 --eval-every 5
 # From medium-replay data
 grpo_dt__Hopper-medium-replay__small     python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --iterations 100 --lr 5e-4 --buffer-size 512 --eval-every 3
 grpo_dt__Hopper-medium-replay__small-kappa0.01 python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --iterations 100 --lr 5e-4 --buffer-size 512 --kappa-initial 0.01 --eval-every 3
-grpo_dt__Hopper-medium-replay__small-steps     python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --iterations 500 --n-sources 4 --n-batch 128 --buffer-size 512 --lr 1e-4 --kappa-initial 0.01 --eval-every 10
+grpo_dt__Hopper-medium-replay__small-steps     python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --iterations 500 --small
 grpo_dt__Ant-medium-replay__small        python grpo_dt_continuous.py --env-id Ant-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Ant-medium-replay__small__{seed} --iterations 50 --lr 2e-4 --buffer-size 512 --eval-every 3
 ppo_dt__Hopper-medium-replay__small      python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --iterations 100
 q_guided_grpo_dt__Hopper-medium-replay__small            python q_guided_grpo_dt.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --iterations 250 --lr 5e-5 --tau 0.05

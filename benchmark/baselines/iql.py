@@ -57,6 +57,7 @@ class Args:
     dataset_kind: DatasetKind | None = None  # kind of data, picks the row [None: the checkpoint's]
     embed_dim: int = 128  # width of the transformer that is made with the random data where --pretrained is left out
     iterations: int = 1000  # rollouts, each with its updates
+    small: bool = False  # settings that learn on a laptop (SMALL) where no flag says otherwise
     seed: int = 1  # seed of every random stream
 
     # Rollouts
@@ -103,6 +104,8 @@ ROWS = {
     "AntMaze": (0.9, 10.0, 0.0, 1.0),
     "all others": (0.7, 3.0, 0.0, 0.0),
 }
+# --small: offline as many updates as pretrain_dt.py --small makes.
+SMALL = dict(offline_updates=4_000)
 
 
 def fill_from_table(args: Args, kind: str, best_return: float) -> None:
@@ -380,7 +383,7 @@ def load_model(content: dict, device: torch.device, bf16: bool = False, dropout:
 def parse_args(arguments: list[str]) -> Args:
     """The command line, read by the machinery of q_guided_grpo_dt.py, which from here on works for this script."""
     q_guided.__file__ = str(Path(pretrain.__file__).with_name("iql.py"))  # runs bear this name
-    q_guided.Args = Args
+    q_guided.Args, q_guided.SMALL = Args, SMALL
     q_guided.fill_from_table = fill_from_table
     q_guided.load_model = load_model
     q_guided.MAY_BE_ZERO += ("min_steps", "offline_updates", "step_cost")

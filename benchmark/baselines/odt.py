@@ -69,6 +69,7 @@ class Args:
     embed_dim: int = 512  # E, width of the transformer that is made where --pretrained is left out
     td3: bool = False  # ODT+TD3 in place of ODT
     iterations: int = 1500  # rollouts, each with its updates
+    small: bool = False  # settings that learn on a laptop (SMALL) where no flag says otherwise
     seed: int = 1  # seed of every random stream
 
     # Rollouts and replay
@@ -139,6 +140,8 @@ ROWS = {
     "AdroitHandRelocate": (1, 5000.0, 5000.0, 1e-4, 1e-4, 5000, 1000),
     "AntMaze": (1, 1.0, 2.0, 1e-4, 1e-4, 2000, 1000),
 }
+# --small: the width and the single-step windows of the scripts' --small, so that all begin with one policy.
+SMALL = dict(embed_dim=128, c_online=1)
 CRITIC = ("gamma", "critic_dim", "critic_norm", "lr_critic", "policy_delay", "reward_divisor")
 
 
@@ -527,7 +530,7 @@ def check_args(args: Args) -> None:
 def parse_args(arguments: list[str]) -> Args:
     """The command line, read by the machinery of q_guided_grpo_dt.py, which from here on works for this script."""
     q_guided.__file__ = str(Path(pretrain.__file__).with_name("odt.py"))  # runs bear this name
-    q_guided.Args = Args
+    q_guided.Args, q_guided.SMALL = Args, SMALL
     q_guided.paper_row = task_row
     q_guided.fill_from_table = fill_from_table
     q_guided.check_args = check_args

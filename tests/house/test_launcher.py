@@ -672,7 +672,8 @@ def test_every_line_is_parsed_and_takes_the_papers_row(all_lines, name, monkeypa
         differs = report.settings_that_differ(method, task, kind, vars(args))
         if name == "small":  # what is unlike the paper's stands on the line
             named = {part.split(" ")[0] for part in differs.split(", ") if part}
-            flags = {flag for flag in each.flags if flag in UNLIKE[method]}
+            preset = script.SMALL if "--small" in each.flags else ()
+            flags = {*each.flags, *(f"--{field.replace('_', '-')}" for field in preset)} & {*UNLIKE[method]}
             values = {report.RATIOS[each.flags["--ratio"][0]]} if "--ratio" in flags else set()
             assert named == {flag[2:].replace("-", "_") for flag in flags - {"--ratio"}} | values, differs
             continue

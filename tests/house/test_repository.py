@@ -25,7 +25,7 @@ SCRIPT_NAMES = "*_dt*.py"  # what git tracks at the top beside ALLOWED
 ALLOWED = ("benchmark", "docs", "tests", "requirements.txt", "pyproject.toml", "README.md", "LICENSE", "CITATION.cff")
 ALLOWED += ("CHANGELOG.md", "CONTRIBUTING.md")
 
-OWN = {"Args", "main", "ROWS", "COLUMNS"}  # every script has its own
+OWN = {"Args", "main", "ROWS", "COLUMNS", "SMALL"}  # every script has its own
 # Parts of fields of the same name that may differ between scripts, each with its reason.
 MAY_DIFFER = {
     ("env_id", "comment"): "what can be reset to a state is less than what can be played",

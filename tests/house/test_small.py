@@ -1,0 +1,73 @@
+"""--small: settings in place of the paper's where no flag says otherwise, in the scripts and in the baselines."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+GRPO = dict(embed_dim=128, n_sources=4, n_batch=128, buffer_size=512, lr=1e-4, kappa_initial=0.01, eval_every=10)
+PRESETS = {
+    "pretrain_dt": dict(embed_dim=128, c_offline=1, updates=4000, lr=1e-3),
+    "grpo_dt_continuous": GRPO,
+    "ppo_dt_continuous": dict(embed_dim=128, gamma=0.995),
+    "q_guided_grpo_dt": dict(embed_dim=128, lr=5e-5, tau=0.05),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_preset_gives_way_to_flags_wherever_they_stand(name, capsys):
+    script = importlib.import_module(name)
+    plain, preset = vars(script.Args()), PRESETS[name]
+    args = vars(script.parse_args(["--small"]))
+    assert {key: args[key] for key in args if args[key] != plain[key]} == preset | {"small": True}
+    said = capsys.readouterr().out.strip().removeprefix("--small: ").split(", ")
+    assert {word.split()[0]: float(word.split()[1]) for word in said} == preset
+    for flags in (["--lr", "7e-5", "--small"], ["--small", "--lr", "7e-5", "--embed-dim", "64"]):
+        args = vars(script.parse_args(flags))
+        given = {"lr": 7e-5} | ({"embed_dim": 64} if "64" in flags else {})
+        assert {key: args[key] for key in args if args[key] != plain[key]} == preset | {"small": True} | given
+    assert vars(script.parse_args(["--no-small"])) == plain
+
+
+def test_a_run_keeps_its_preset(tmp_path, capsys):
+    """args.json, the checkpoint and a resumed run hold the values; the preset can't be changed on the way."""
+    import pretrain_dt as script
+
+    flags = "--env-id Pendulum-v1 --small --updates 1 --embed-dim 8 --n-layers 1 --dataset-steps 400 --batch-size 4"
+    run_dir = tmp_path / "run"
+    script.main(script.parse_args([*flags.split(), "--eval-episodes", "1", "--run-dir", str(run_dir)]))
+    facts = json.loads((run_dir / "args.json").read_text())["args"]
+    expected = dict(small=True, updates=1, embed_dim=8, c_offline=1, lr=1e-3)
+    assert expected.items() <= facts.items()
+    resumed = vars(script.parse_args(["--resume", str(run_dir), "--updates", "2"]))
+    assert (expected | {"updates": 2}).items() <= resumed.items()
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args(["--resume", str(run_dir), "--no-small"])
+    assert "--small True, not False" in str(stop.value)
+
+
+def test_a_small_finetuning_pretrains_a_small_network(tmp_path, monkeypatch):
+    """Without --pretrained the network that is made has the preset's width, and the row fills what it leaves open."""
+    import grpo_dt_continuous as script
+
+    monkeypatch.chdir(tmp_path)
+    args, seen = script.parse_args(["--small"]), []
+    monkeypatch.setattr(script, "load_checkpoint", lambda path: {"iteration": 900})
+    monkeypatch.setattr(script.Path, "exists", lambda path: True)
+    monkeypatch.setattr(script.subprocess, "run", lambda command, **more: seen.append(command))
+    assert "Hopper-v5__128__c1" in str(script.pretrained_on_random(args)) and not seen
+    script.fill_from_table(args, "medium", 0.0)
+    assert (args.l_traj, args.l_eval, args.gamma, args.lr) == (15, 400, 0.995, 1e-4)
+
+
+@pytest.mark.parametrize("name, said", [("odt", "embed_dim 128, c_online 1"), ("iql", "offline_updates 4000")])
+def test_the_baselines_have_theirs(name, said, tmp_path):
+    words = [sys.executable, ROOT / f"benchmark/baselines/{name}.py", "--small", "--pretrained", tmp_path / "none"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.stdout, done.returncode) == (f"--small: {said}\n", 1)
+    assert done.stderr.startswith("error: checkpoint ")
