@@ -76,6 +76,8 @@ Normalised scores: 0 = random, 100 = expert. Of tasks that are not in the paper'
   {LAST} evaluations after updates, or of fewer where that is said; pretraining has one. In an average: the mean over
   its datasets.
 - **best**: the largest single evaluation of all seeds. Evaluations are noisy, so it says little.
+- **sampled**: mean return of the trajectories with sampled actions that these runs rolled out between the same evaluations:
+  of the policy that is trained, where evaluations play its mean action.
 - **IQM**: interquartile mean over seeds, in an average over all seeds of its datasets: the mean without the lowest and
   the highest quarter of the scores (rounded down, so with 3 seeds the plain mean); 95 % interval by {RESAMPLES:,}
   bootstrap samples of the seeds of each dataset.
@@ -136,9 +138,10 @@ class Point(NamedTuple):
     """An evaluation."""
 
     iteration: int
+    score: float  # D4RL's, 0 = random, 100 = expert; of tasks that are not in Table 1 the return
     env_steps: float  # NaN where they are not written
     minutes: float  # wall time of the iterations up to here, NaN where it is not written
-    score: float  # D4RL's, 0 = random, 100 = expert; of tasks that are not in Table 1 the return
+    updates: float  # gradient updates, NaN where they are not written
 
 
 @dataclass
@@ -153,6 +156,7 @@ class Run:
     seed: str
     points: list[Point]  # in the order of iterations
     normalised: float  # D4RL's score, mean of the last evaluations; NaN for tasks without
+    sampled: float  # return of trajectories with sampled actions, mean over the iterations of these evaluations
     goal: int | None  # iterations asked for
     iteration: int  # iterations made
     seconds: float  # wall time of an iteration (pretraining: an update), median over rows; NaN if not written
@@ -274,7 +278,8 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-NUMBERS = ("iteration", "charts/env_steps", "eval/return_mean", "eval/normalized_score", "time/iteration")
+NUMBERS = ("iteration", "charts/env_steps", "charts/gradient_updates", "time/iteration", "rollout/return")
+NUMBERS += ("eval/return_mean", "eval/normalized_score")
 
 
 def points_of(rows: list[dict[str, float]], column: str) -> list[Point]:
@@ -285,12 +290,20 @@ def points_of(rows: list[dict[str, float]], column: str) -> list[Point]:
         if iteration > before:
             minutes += row.get("time/iteration", math.nan) * (iteration - before) / 60  # pretraining: s / update
         before = iteration
-        steps = row.get("charts/env_steps", math.nan if iteration else 0.0)
+        unknown = math.nan if iteration else 0.0
+        counts = [row.get(f"charts/{name}", unknown) for name in ("env_steps", "gradient_updates")]
         if column in row:
-            points.append(Point(int(iteration), steps, minutes, row[column]))
-    if any(now.env_steps < then.env_steps or now.minutes < then.minutes for then, now in itertools.pairwise(points)):
-        raise ValueError("environment steps or times go down")
+            points.append(Point(int(iteration), row[column], counts[0], minutes, counts[1]))
+    if any(now < then for before, after in itertools.pairwise(points) for then, now in zip(before[2:], after[2:])):
+        raise ValueError("environment steps, times or gradient updates go down")
     return points
+
+
+def sampled_return(rows: list[dict[str, float]], points: list[Point]) -> float:
+    """Mean over the iterations since the evaluation before the last LAST ones; NaN where none is written."""
+    since = points[-LAST - 1].iteration if len(points) > LAST else 0
+    found = [row["rollout/return"] for row in rows if row["iteration"] > since and "rollout/return" in row]
+    return statistics.fmean(found or [math.nan])
 
 
 def read_run(folder: Path) -> Run | str:
@@ -325,6 +338,7 @@ def read_run(folder: Path) -> Run | str:
         *identity,
         points,
         normalised=statistics.fmean(scores[-LAST:] or [math.nan]),
+        sampled=sampled_return(rows, points),
         goal=goal,
         iteration=int(rows[-1]["iteration"]) if rows else 0,
         seconds=statistics.median(times or [math.nan]),
@@ -384,6 +398,7 @@ class Summary:
     mean: float
     std: float  # NaN for one seed and for a block
     best: float  # NaN for a block
+    sampled: float  # NaN for a block
     iqm: float
     interval: tuple[float, float]
     seeds: int
@@ -412,6 +427,7 @@ def summarise(runs: list[Run], data: str = "") -> Summary:
         statistics.fmean(scores),
         statistics.stdev(scores) if len(scores) > 1 else math.nan,
         max(max(run.scores) for run in runs),
+        statistics.fmean(run.sampled for run in runs),
         float(interquartile_mean(np.array(scores))),
         bootstrap([scores]),
         len(runs),
@@ -433,6 +449,7 @@ def summarise_block(groups: list[list[Run]], cells: list[Summary], name: str) ->
         name,
         "",
         statistics.fmean(cell.mean for cell in cells),
+        math.nan,
         math.nan,
         math.nan,
         float(interquartile_mean(np.array(pooled))),
@@ -516,7 +533,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (lines[0], ["---"] * len(header), *lines[1:])] + [""]
 
 
-DETAILS = ["last", "best", "IQM [95 %]", "seeds", "iterations", "s / iteration"]
+DETAILS = ["last", "best", "sampled", "IQM [95 %]", "seeds", "iterations", "s / iteration"]
 
 
 def details(ours: Summary) -> list[str]:
@@ -524,7 +541,8 @@ def details(ours: Summary) -> list[str]:
     low, high = ours.interval
     interval = "" if math.isnan(low) else f" [{number(low)}, {number(high)}]"
     few = f" (of {ours.evaluations})" if ours.method != "pretrain_dt" and ours.evaluations < LAST else ""
-    cells = [plus_minus(ours.mean, ours.std) + few, number(ours.best), number(ours.iqm) + interval]
+    sampled = "-" if math.isnan(ours.sampled) else f"{ours.sampled:,.0f}"
+    cells = [plus_minus(ours.mean, ours.std) + few, number(ours.best), sampled, number(ours.iqm) + interval]
     return [*cells, str(ours.seeds), ours.iterations, number(ours.seconds)]
 
 
@@ -657,8 +675,9 @@ def write_csv(path: Path, summaries: list[Summary]) -> None:
     """A row per summary; empty cells for what does not exist."""
     rows = []
     for s in summaries:
-        row = dict(method=s.method, data=s.data, variant=s.variant, mean=s.mean, std=s.std, best=s.best, iqm=s.iqm)
-        row |= dict(iqm_low=s.interval[0], iqm_high=s.interval[1], seeds=s.seeds, iterations=s.iterations)
+        row = dict(method=s.method, data=s.data, variant=s.variant, mean=s.mean, std=s.std, best=s.best)
+        row |= dict(sampled=s.sampled, iqm=s.iqm, iqm_low=s.interval[0], iqm_high=s.interval[1])
+        row |= dict(seeds=s.seeds, iterations=s.iterations)
         row |= dict(seconds_per_iteration=s.seconds, paper=s.paper, paper_std=s.paper_std, difference=s.mean - s.paper)
         row["unit"] = "return" if s.raw else "score"
         cells = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in row.items()}
@@ -672,7 +691,8 @@ def write_csv(path: Path, summaries: list[Summary]) -> None:
 # Curves
 
 AXES = {"iteration": "iterations", "env_steps": "environment steps", "minutes": "minutes"}  # fields of Point
-ENDINGS = {"iteration": "", "env_steps": "_steps", "minutes": "_minutes"}  # of a picture's name
+AXES |= {"updates": "gradient updates"}
+ENDINGS = {"iteration": "", "env_steps": "_steps", "minutes": "_minutes", "updates": "_updates"}  # of a picture's name
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # also for the colour-blind (Okabe, Ito)
 # Variants of a method in one panel: towards white (> 0) or black (< 0), and the dashes.
 STYLES = [(0.0, "-"), (-0.5, "-"), (0.4, "-"), (0.0, ":"), (-0.5, ":"), (0.4, ":"), (0.0, "-."), (-0.5, "-.")]
@@ -761,7 +781,7 @@ def save(figure, path: Path) -> None:
 
 
 def write_picture(path: Path, panels: list[tuple[str, list[Curve], str]], colours: dict[str, str]) -> None:
-    """Panels (title, curves, axis), three in a row, those without a curve left out; one legend below all if it is the
+    """Panels (title, curves, axis), three in a row (four: two), those without a curve left out; one legend below all if it is the
     same for all, else one below each."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # drawn without pyplot, so without a display
@@ -770,7 +790,7 @@ def write_picture(path: Path, panels: list[tuple[str, list[Curve], str]], colour
     panels = [panel for panel in panels if any(has(curve.runs, panel[2]) for curve in panel[1])]
     if not panels:
         return
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     one = all(labels(curves) == labels(panels[0][1]) for _, curves, _ in panels)
     lines = 1 + max(len(curves) for _, curves, _ in panels)  # of a legend
@@ -800,10 +820,10 @@ def curves_of(groups: dict[tuple, list[Run]], task: str, kind: str) -> tuple[str
 
 
 def write_curves(groups: dict[tuple, list[Run]], out: Path) -> None:
-    """For each dataset and each ablation that has runs a picture against iterations, environment steps and minutes;
-    figure_3: GRPO-DT and PPO-DT on all datasets of Table 1; overview: all datasets with all groups."""
+    """For each dataset and each ablation that has runs a picture against iterations, environment steps, minutes and
+    gradient updates; figure_3: GRPO-DT and PPO-DT on all datasets of Table 1; overview: all datasets with all groups."""
     ours = ["grpo_dt", "ppo_dt", "q_guided_grpo_dt"]
-    methods = [*ours, *sorted({key[0] for key in groups} - METHODS.keys())]
+    methods = [*ours, *BASELINES, *sorted({key[0] for key in groups} - METHODS.keys())]
     colours = {method: COLOURS[index % len(COLOURS)] for index, method in enumerate(methods)}
     names = {key: row["dataset"] for row in read_csv(PAPER / "table1.csv") for key in dataset_keys(row["dataset"])}
     names |= {key: "-".join(key) for key in sorted({key[1:3] for key in groups} - names.keys())}

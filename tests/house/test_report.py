@@ -28,16 +28,16 @@ HOPPER |= dict(lr=5e-5, kappa_initial=0.2, embed_dim=512, beta=1e-3, weight_deca
 
 def make_run(folder, name, scores, args=None, steps=100, command=None, script="grpo_dt_continuous.py"):
     """A run folder; scores: one per iteration from 0 on, None for an iteration without an evaluation; its return is
-    twice the score. command: as the script's args.json has it."""
+    twice the score, that of sampled actions 1,000 times the iteration. command: as the script's args.json has it."""
     path = folder / name
     path.mkdir(parents=True)
     with open(path / "metrics.csv", "w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["iteration", "charts/env_steps", "eval/return_mean", "eval/normalized_score", "time/iteration"])
+        names = ["charts/env_steps", "charts/gradient_updates", "rollout/return", "time/iteration"]
+        table.writerow(["iteration", *names, "eval/return_mean", "eval/normalized_score"])
         for iteration, score in enumerate(scores):
-            env_steps = iteration * steps if iteration else ""
-            evaluation = ["", ""] if score is None else [2 * score, score]
-            table.writerow([iteration, env_steps, *evaluation, iteration**2 if iteration else ""])
+            others = [iteration * steps, 8 * iteration, 1000 * iteration, iteration**2] if iteration else [""] * 4
+            table.writerow([iteration, *others, *(["", ""] if score is None else [2 * score, score])])
     if args is not None:
         facts = {} if command is None else {"script": script, "command": command}
         (path / "args.json").write_text(json.dumps(facts | {"args": args, "versions": {}, "commit": ""}))
@@ -114,10 +114,11 @@ def test_a_group_of_seeds_by_hand(tmp_path):
     assert (ours.mean, ours.iqm, ours.best, ours.seeds, ours.iterations) == (35.0, 25.0, 81.0, 4, "5")
     assert ours.std == pytest.approx(math.sqrt((25**2 + 15**2 + 5**2 + 45**2) / 3))
     low, high = report.bootstrap([[10.0, 20.0, 30.0, 80.0]])
-    cells = ["35.00 ± 31.09", "81.00", f"25.00 [{low:.2f}, {high:.2f}]", "4", "5", "9.00"]  # of 1, 4, 9, 16, 25 s
+    assert ours.sampled == 3000.0  # of iterations 1 to 5
+    cells = ["35.00 ± 31.09", "81.00", "3,000", f"25.00 [{low:.2f}, {high:.2f}]", "4", "5", "9.00"]  # 1, 4, ... 25 s
     row, average = rows_under(page, "GRPO-DT")
     assert row == ["MuJoCo (random)", "Ho-R-v2", *cells, "99.20 ± 3.80", "-64.20", "-"]
-    assert average == ["MuJoCo (random)", "average of 1", "35.00", "-", *cells[2:5], "-", "99.20", "-64.20", "-"]
+    assert average == ["MuJoCo (random)", "average of 1", "35.00", "-", "-", *cells[3:6], "-", "99.20", "-64.20", "-"]
 
 
 def test_the_average_of_a_block_is_over_its_datasets_and_beside_the_papers_for_the_same(tmp_path):
@@ -545,9 +546,7 @@ def test_a_task_outside_the_table_has_a_row_of_returns_and_a_curve(tmp_path, mon
     args = hopper(env_id="Pendulum-v1", g_online=-300.0, seed=1)
     make_run(tmp_path, "pendulum", [-9.0, -4.0], args, command=["grpo_dt_continuous.py"])
     path = tmp_path / "pendulum" / "metrics.csv"  # no reference returns, no score
-    path.write_text(
-        "\n".join(line.replace(",-4.0,", ",,").replace(",-9.0,", ",,") for line in path.open().read().split("\n"))
-    )
+    path.write_text(path.read_text().replace(",-4.0\n", ",\n").replace(",-9.0\n", ",\n"))
     page, summaries = page_of(tmp_path)
     cheetah, pendulum = rows_under(page, "Other tasks")
     assert cheetah[:4] == ["GRPO-DT", "HalfCheetah-v5-random", "-", "40.00 ± 28.28 (of 1)"]  # of 20 and 60
@@ -560,10 +559,10 @@ def test_a_task_outside_the_table_has_a_row_of_returns_and_a_curve(tmp_path, mon
     saved = {}
     monkeypatch.setattr(report, "save", lambda figure, path: saved.update({path.name: figure.get_axes()}))
     report.write_curves(report.group_runs(report.read_runs([tmp_path])[0]), tmp_path)
-    endings = ("", "_minutes", "_steps")
+    endings = ("", "_minutes", "_steps", "_updates")
     assert sorted(saved) == ["HalfCheetah-v5-random", "Pendulum-v1-random", *(f"overview{end}" for end in endings)]
     axes = saved["Pendulum-v1-random"]
-    assert [each.get_xlabel() for each in axes] == ["iterations", "environment steps", "minutes"]
+    assert [each.get_xlabel() for each in axes] == [*report.AXES.values()]
     assert {each.get_ylabel() for each in axes} == {"return"}
     assert list(axes[0].get_lines()[0].get_ydata()) == [-18.0, -8.0]
 
@@ -599,11 +598,13 @@ def test_pictures_have_a_line_and_a_band_a_group_and_the_papers_final_values(tmp
     for name in ("ppo_dt__Hopper-medium__1", "grpo_dt__Hopper-medium__token-ratio__1", "ppo_dt__Ant-medium__1"):
         make_run(tmp_path, name, [0.0, 10.0])
     pictures = drawn(tmp_path, monkeypatch)
-    several = [f"{name}{ending}" for name in ("figure_3", "overview") for ending in ("", "_minutes", "_steps")]
+    several = [f"{name}{ending}" for name in ("figure_3", "overview") for ending in sorted(report.ENDINGS.values())]
     assert sorted(pictures) == ["An-M-v2", "Ho-M-v2", "figure_2c", *several]
-    first, steps, minutes = pictures["Ho-M-v2"]
-    assert [axes.get_xlabel() for axes in (first, steps, minutes)] == ["iterations", "environment steps", "minutes"]
-    assert [list(axes.get_lines()[0].get_xdata()) for axes in (first, steps)] == [[0, 1], [0.0, 100.0]]
+    labels = [axes.get_xlabel() for axes in pictures["Ho-M-v2"]]
+    assert labels == ["iterations", "environment steps", "minutes", "gradient updates"]
+    first, steps, _, updates = pictures["Ho-M-v2"]
+    drawn_at = [list(axes.get_lines()[0].get_xdata()) for axes in (first, steps, updates)]
+    assert drawn_at == [[0, 1], [0.0, 100.0], [0.0, 8.0]]
     names = ["GRPO-DT (2 seeds)", "GRPO-DT token-ratio (1 seed)", "PPO-DT (1 seed)", "the paper's final value"]
     assert first.get_legend_handles_labels()[1] == names
     assert len(first.collections) == 1 and first.get_title() == "Hopper medium"  # a band where there are two seeds
@@ -615,7 +616,18 @@ def test_pictures_have_a_line_and_a_band_a_group_and_the_papers_final_values(tmp
             if label.startswith(("GRPO-DT (", "PPO-DT (")):  # in each picture the same
                 assert colour(line) == report.COLOURS[label.startswith("PPO")].lower()
     assert [axes.get_title() for axes in pictures["figure_3"]] == ["Hopper medium", "Ant medium"]  # none is empty
-    assert [axes.get_title() for axes in pictures["figure_2c"]] == ["Hopper medium"] * 3
+    assert [axes.get_title() for axes in pictures["figure_2c"]] == ["Hopper medium"] * 4
+
+
+def test_the_baselines_are_drawn_in_colours_of_their_own(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    methods = ["grpo_dt", "ppo_dt", "odt", "odt_td3", "iql"]
+    for method in methods:
+        make_run(tmp_path, f"{method}__Hopper-medium__1", [0.0, 10.0])
+    lines = [line for line in drawn(tmp_path, monkeypatch)["Ho-M-v2"][0].get_lines() if len(line.get_ydata()) == 2]
+    solid = {line.get_label(): line.get_color() for line in lines if line.get_linestyle() == "-"}
+    assert {*solid} == {f"{report.METHODS[method]} (1 seed)" for method in methods}
+    assert len({str(colour) for colour in solid.values()}) == len(methods)
 
 
 def test_times_that_are_not_written_leave_out_their_panel(tmp_path, monkeypatch):
@@ -624,8 +636,10 @@ def test_times_that_are_not_written_leave_out_their_panel(tmp_path, monkeypatch)
     path = tmp_path / "grpo_dt__Hopper-medium__1" / "metrics.csv"
     path.write_text(path.read_text().replace("time/iteration", "time/other"))
     pictures = drawn(tmp_path, monkeypatch)
-    assert [axes.get_xlabel() for axes in pictures["Ho-M-v2"]] == ["iterations", "environment steps"]
-    assert sorted(pictures) == ["Ho-M-v2", "figure_3", "figure_3_steps", "overview", "overview_steps"]
+    labels = [axes.get_xlabel() for axes in pictures["Ho-M-v2"]]
+    assert labels == ["iterations", "environment steps", "gradient updates"]
+    names = [f"{name}{ending}" for name in ("figure_3", "overview") for ending in ("", "_steps", "_updates")]
+    assert sorted(pictures) == ["Ho-M-v2", *names]
 
 
 def test_of_many_groups_those_with_most_seeds_are_drawn(tmp_path):
