@@ -1043,6 +1043,14 @@ def time_metrics(begun: float, simulated: float, rolled: float, simulated_then: 
     return parts | {"time/update": now - rolled, "time/iteration": now - begun}
 
 
+def git(*words: str) -> str:
+    """What git answers in this script's folder; "" without git, or outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    if not shutil.which("git"):
+        return ""
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace").stdout.strip()
+
+
 class Log:
     """metrics.csv and TensorBoard under the same names, args.json beside them, wandb behind --track, and a line an
     iteration on the console. A context manager; the run's folder belongs to it alone."""
@@ -1058,12 +1066,11 @@ class Log:
         self.first = rows[-1]["iteration"] if rows else 0
         packages = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "minari")
         installed = {each.name: each.version for each in importlib.metadata.distributions()}
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
         device = set_up_torch(args)
         precision = "bf16" if args.bf16 and has_bf16(device) else "fp32"
-        facts = dict(script=Path(__file__).name, command=sys.argv, args=vars(args), commit=commit)
-        facts |= dict(device=device.type, precision=precision)
+        name = Path(__file__).name
+        facts = dict(script=name, command=sys.argv, args=vars(args), device=device.type, precision=precision)
+        facts |= dict(commit=git("rev-parse", "HEAD"), diff=git("diff", "--no-ext-diff", "HEAD", "--", f":/*{name}"))
         facts["versions"] = {name: installed[name] for name in packages if name in installed}
         write_file(run_dir / "args.json", json.dumps(facts, indent=2).encode())
         print(f"{run_dir}: {device.type}, {args.threads} threads, {precision}", flush=True)

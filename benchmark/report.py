@@ -76,8 +76,8 @@ Normalised scores: 0 = random, 100 = expert. Of tasks that are not in the paper'
   {LAST} evaluations after updates, or of fewer where that is said; pretraining has one. In an average: the mean over
   its datasets.
 - **best**: the largest single evaluation of all seeds. Evaluations are noisy, so it says little.
-- **sampled**: mean return of the trajectories with sampled actions that these runs rolled out between the same evaluations:
-  of the policy that is trained, where evaluations play its mean action.
+- **sampled**: mean return of the trajectories with sampled actions that these runs rolled out between the same
+  evaluations: of the policy that is trained, where evaluations play its mean action.
 - **IQM**: interquartile mean over seeds, in an average over all seeds of its datasets: the mean without the lowest and
   the highest quarter of the scores (rounded down, so with 3 seeds the plain mean); 95 % interval by {RESAMPLES:,}
   bootstrap samples of the seeds of each dataset.
@@ -781,8 +781,8 @@ def save(figure, path: Path) -> None:
 
 
 def write_picture(path: Path, panels: list[tuple[str, list[Curve], str]], colours: dict[str, str]) -> None:
-    """Panels (title, curves, axis), three in a row (four: two), those without a curve left out; one legend below all if it is the
-    same for all, else one below each."""
+    """Panels (title, curves, axis), three in a row, of four two, those without a curve left out; one legend below all
+    if it is the same for all, else one below each."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # drawn without pyplot, so without a display
 
@@ -820,8 +820,8 @@ def curves_of(groups: dict[tuple, list[Run]], task: str, kind: str) -> tuple[str
 
 
 def write_curves(groups: dict[tuple, list[Run]], out: Path) -> None:
-    """For each dataset and each ablation that has runs a picture against iterations, environment steps, minutes and
-    gradient updates; figure_3: GRPO-DT and PPO-DT on all datasets of Table 1; overview: all datasets with all groups."""
+    """For each dataset and each ablation that has runs a picture with a panel for each of AXES; figure_3: GRPO-DT and
+    PPO-DT on all datasets of Table 1; overview: all datasets with all groups."""
     ours = ["grpo_dt", "ppo_dt", "q_guided_grpo_dt"]
     methods = [*ours, *BASELINES, *sorted({key[0] for key in groups} - METHODS.keys())]
     colours = {method: COLOURS[index % len(COLOURS)] for index, method in enumerate(methods)}

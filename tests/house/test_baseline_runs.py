@@ -341,7 +341,7 @@ def test_a_line_for_every_cell_of_table_1_and_each_is_parsed_with_the_pretrainin
             kind = args.dataset_kind or "random"
             assert report.identify(each.name, vars(args))[1:3] == (report.task_name(args.env_id), kind)
             widths = [args.embed_dim] if "embed_dim" in vars(args) else []
-            assert widths in ([], [128] if "--embed-dim" in each.flags or script == "iql" else [512])
+            assert widths in ([], [128] if "--small" in each.flags or script == "iql" else [512])
 
 
 @pytest.mark.slow

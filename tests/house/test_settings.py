@@ -1,6 +1,7 @@
-"""--small: settings in place of the paper's where no flag says otherwise, in the scripts and in the baselines."""
+"""--small, and what args.json records: settings and source of a run, in the scripts and in the baselines."""
 
-import importlib
+import importlib.metadata
+import importlib.util
 import json
 import subprocess
 import sys
@@ -71,3 +72,33 @@ def test_the_baselines_have_theirs(name, said, tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert (done.stdout, done.returncode) == (f"--small: {said}\n", 1)
     assert done.stderr.startswith("error: checkpoint ")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_args_json_has_what_a_script_differs_in_from_its_commit(name, tmp_path, monkeypatch):
+    """The diff rebuilds the script that ran from that of the commit; outside a repository both are empty."""
+    spec = importlib.util.spec_from_file_location(f"copied_{name}", tmp_path / f"sub/{name}.py")
+    script, source = importlib.util.module_from_spec(spec), (ROOT / f"{name}.py").read_text()
+    Path(spec.origin).parent.mkdir()
+    Path(spec.origin).write_text(source)
+    monkeypatch.setitem(sys.modules, spec.name, script)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(importlib.metadata, "distributions", tuple)  # takes long
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+
+    def facts(run):
+        with script.Log(tmp_path / run, script.Args(), 1, []):
+            return json.loads((tmp_path / run / "args.json").read_text())
+
+    assert [facts("none")[key] for key in ("commit", "diff")] == ["", ""]
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "sub"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    clean = facts("clean")
+    assert len(clean["commit"]) == 40 and clean["diff"] == ""
+    changed = source.replace('"""Softmax attention.', '"""Softmax ± attention.')
+    Path(spec.origin).write_text(changed)
+    (tmp_path / "patch").write_text(facts("changed")["diff"] + "\n")
+    Path(spec.origin).write_text(source)
+    subprocess.run([*git, "apply", tmp_path / "patch"], check=True)
+    assert Path(spec.origin).read_text() == changed != source
