@@ -16,7 +16,7 @@ Differences from the reference code (docs/baselines.md explains each under the s
   (6) --td3: the critic learns from the offline data after the actor's pretraining, not beside it
   (7) --td3: after a time limit the target counts on the next state; where the data do not have it, the step is left out
 
-Small:   python benchmark/baselines/odt.py --env-id Hopper-v5 --embed-dim 128 --c-online 1 --iterations 30
+Small:   python benchmark/baselines/odt.py --env-id Hopper-v5 --small --iterations 30
 In full: python benchmark/baselines/odt.py pretrain --env-id Hopper-v5 --dataset mujoco/hopper/medium-v0 --save-data
          python benchmark/baselines/odt.py --env-id Hopper-v5 --pretrained runs/NAME       (--td3 on both)
 
