@@ -22,11 +22,14 @@ from __future__ import annotations
 import copy
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: the end, without a traceback
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import q_guided_grpo_dt as q_guided  # before torch, for which it sets how threads wait
@@ -402,6 +405,8 @@ if __name__ == "__main__":
     if any(word.replace("_", "-") == "--capture-video" for word in sys.argv) and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         command_line(sys.argv[1:])
     except SystemExit as stop:
         raise SystemExit(1 if stop.code == 2 else stop.code) from None
