@@ -1,7 +1,7 @@
 """How fast grpo_dt_continuous.py simulates, and how long its iteration takes.
 
     python benchmark/speed.py [--parts simulators] [--tasks Hopper-v5 Ant-v5] [--workers 0 1 2]
-    python benchmark/speed.py --parts iteration --embed-dim 128 [--threads 1] [--against DIR]
+    python benchmark/speed.py --parts iteration --embed-dim 128 [--threads 1]
 
 Part "simulators": environment steps per second of Simulators.step for 256 simulations, by number of worker processes,
 and beside it, on one core, a loop over the environment's own `step`, and MuJoCo's mj_step alone. All start from the
@@ -10,7 +10,6 @@ same states, of one episode of small random actions, take turns for some rounds,
 Part "iteration": seconds of one iteration with the settings of the task's row, a network of random weights and
 sub-trajectories that all live through L_traj + L_eval steps (falls are switched off):
   ours    the script's own functions; one thread plays in this process (--workers 0), more with as many workers
-  before  with --against, those of a checkout of commit 32396ef: the same weights, points and buffer, in the same run
   floor   the same environment steps by mj_step alone on all cores, and the floating-point operations of ours at the
           speed of a large matrix product, nothing else
 Take them on a quiet machine: other load falls on their parts unevenly.
@@ -19,13 +18,9 @@ Take them on a quiet machine: other load falls on their parts unevenly.
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import os
 import resource
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -142,45 +137,6 @@ def flops_of(model: grpo.DecisionTransformer, args: grpo.Args) -> float:
     return counter.get_total_flops() / 64
 
 
-def measure_before(folder: str, job: dict) -> list[float]:
-    """Seconds of simulation, network and update of the checkout of commit 32396ef in `folder`, and those of collecting
-    one trajectory and of evaluating ten. job: weights, points and arguments of ours."""
-    spec = importlib.util.spec_from_file_location("grpo_before", Path(folder) / "grpo_dt_continuous.py")
-    old = sys.modules["grpo_before"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(old)
-    known = vars(old.Args())
-    args = old.Args(
-        **{name: value for name, value in job["args"].items() if name in known}, g_eval=job["args"]["g_online"]
-    )
-    device, dtype = old.set_up_torch(args)
-    model = old.DecisionTransformer(*job["sizes"], args.embed_dim).use_precision(dtype).to(device)
-    model.load_state_dict(job["weights"])
-    learner, policy = old.GRPOLearner(model, args), old.rollout_copy(model)
-    envs = [old.make_env(args.env_id, job["kwargs"]) for _ in range(10)]
-    n = args.n_sources * args.n_points * args.group_size
-    pool = old.make_pool(old.make_env(args.env_id, job["kwargs"]), n, args.threads)
-    old.collect(policy, envs[:1], args, 0)
-    collected, _ = timed(old.collect, policy, envs[:1], args, 1)
-    source = old.Trajectory(*(field.numpy() for field in job["trajectory"]))
-    for l_eval in (1, args.l_eval):
-        args.l_eval = l_eval
-        chosen, _ = timed(old.action_variance, policy, source, args.c_online)
-        rolled, groups = timed(old.rollout_groups, policy, pool, [(source, h) for h in job["points"]], args, 1)
-        remembered, _ = timed(learner.remember, groups, np.linspace(-1, 1, n), np.ones(n, bool))
-        updated, _ = timed(learner.update, 1)
-    evaluated, _ = timed(old.evaluate, model, envs, args.g_eval, args.c_online, list(range(10)))
-    return [groups.seconds, chosen + rolled - groups.seconds, remembered + updated, collected, evaluated]
-
-
-def in_a_process_of_its_own(folder: str, job: dict) -> list[float]:
-    """`measure_before`, with torch's threads set up as that commit had them."""
-    with tempfile.TemporaryDirectory() as place:
-        torch.save(job, Path(place) / "job.pt")
-        command = [sys.executable, __file__, "--against", folder, "--job", str(Path(place) / "job.pt")]
-        done = subprocess.run(command, env=os.environ | {"GOMP_SPINCOUNT": "0"}, check=True, stdout=subprocess.PIPE)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def measure_iteration(task: str, options) -> tuple[str, str]:
     """Rows of the second table, and a line of notes. The first, shorter iteration warms up."""
     kwargs = {"terminate_when_unhealthy": False} if task.startswith(("Hopper", "Walker2d", "Ant-")) else {}
@@ -214,29 +170,15 @@ def measure_iteration(task: str, options) -> tuple[str, str]:
         memory += args.workers * max(resident(process.pid) for process in sims.processes) if args.workers else 0.0
         states, actions = sims.states[:n].copy(), np.zeros((options.steps, n, model.act_dim))
         raw = time_raw(sims.local, states, actions) * args.threads
-    tables = [("ours", ours)]
     apart = f"collection {collected:.1f} s, evaluation {evaluated:.1f} s"
-    if options.against:
-        source = members[0][0]
-        job = dict(
-            weights=model.state_dict(), sizes=(len(model.obs_mean), model.act_dim), kwargs=kwargs, args=vars(args)
-        )
-        seen = (*source[:4], source.rewards, source.snapshots)
-        job |= dict(trajectory=[torch.from_numpy(field) for field in seen])
-        job |= dict(points=[h for _, h in members[:: args.group_size]])
-        *before, was_collected, was_evaluated = in_a_process_of_its_own(options.against, job)
-        tables.append(("before", before))
-        apart += f" (before: {was_collected:.1f} s, {was_evaluated:.1f} s)"
-
     lived, flops = int(steps.real.sum()), flops_of(model, args)
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     peak = peak_flops(dtype, device)
     trained = args.n_minibatches * args.n_batch * args.l_traj
     # an update goes forward, backward (twice the work) and forward through the reference
     floor = (lived / raw, lived * flops / peak, (4 * trained + n * args.l_traj) * flops / peak)
-    tables.append(("floor", floor))
     rows = []
-    for name, parts in tables:
+    for name, parts in (("ours", ours), ("floor", floor)):
         columns = " | ".join(f"{part:.1f}" for part in (sum(parts), *parts))
         rows.append(f"| {task} | {name} | {columns} | {sum(parts) / sum(ours):.2f} |")
     note = f"{task}: {lived:,} environment steps, {dtype}, {peak / 1e9:,.0f} GFLOP/s at the peak, "
@@ -267,12 +209,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=20, help="environment steps of each simulation in a round")
     parser.add_argument("--simulations", type=int, default=256, help="simulators: simulations side by side")
     parser.add_argument("--embed-dim", type=int, default=512, help="iteration: width of the network")
-    parser.add_argument("--against", help="iteration: folder of a checkout of commit 32396ef")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.job:
-        print(json.dumps(measure_before(options.against, torch.load(options.job))))
-        sys.exit()
     if "simulators" in options.parts:
         print(f"{options.simulations} simulations, environment steps per second:\n")
         columns = ["mj_step", "loop", *(f"{n} workers" for n in options.workers)]
