@@ -87,7 +87,7 @@ class Args:
     dataset_kind: DatasetKind | None = None  # kind of data, picks the paper's row [None: the checkpoint's]
     embed_dim: int = 512  # E, width of the transformer that is made where --pretrained is left out
     iterations: int = 500  # T of Algorithm 1
-    small: bool = False  # settings that learn on a laptop (SMALL) where no flag says otherwise, not the paper's
+    small: bool = False  # take the settings for a laptop (SMALL) where no flag says otherwise
     seed: int = 1  # seed of every random stream
 
     # Rollouts
@@ -162,7 +162,7 @@ ROWS = {
     ("AntMaze", "umaze"): (256, 1, 2.0, 10, 200, 1.0, 0.2, 0.0, 5e-5, 0.05, 1),
     ("AntMaze", "diverse"): (256, 5, 2.0, 10, 200, 1.0, 0.2, 0.0, 5e-5, 0.05, 1),
 }
-# --small: what learns in an hour on a processor core (docs/results.md). One for all tasks and kinds of data.
+# --small: what learns on a processor core in hours, measured on Hopper and Ant (docs/results.md). Else the paper's.
 SMALL = dict(embed_dim=128, n_sources=4, n_batch=128, buffer_size=512, lr=1e-4, kappa_initial=0.01, eval_every=10)
 
 
@@ -1265,10 +1265,10 @@ def time_metrics(begun: float, simulated: float, rolled: float, simulated_then: 
 
 def git(*words: str) -> str:
     """What git answers in this script's folder; "" without git, or outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), *words]
+    command = ["git", "-C", str(Path(__file__).parent), "-c", "color.ui=never", "-c", "diff.noprefix=false", *words]
     if not shutil.which("git"):
         return ""
-    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace").stdout.strip()
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace").stdout.rstrip("\n")
 
 
 class Log:
@@ -1290,7 +1290,9 @@ class Log:
         precision = "bf16" if args.bf16 and has_bf16(device) else "fp32"
         name = Path(__file__).name
         facts = dict(script=name, command=sys.argv, args=vars(args), device=device.type, precision=precision)
-        facts |= dict(commit=git("rev-parse", "HEAD"), diff=git("diff", "--no-ext-diff", "HEAD", "--", f":/*{name}"))
+        tracked = git("ls-files", f":/*{name}")
+        facts["commit"] = git("rev-parse", "--verify", "-q", "HEAD") if tracked else ""
+        facts["diff"] = git("diff", "--no-ext-diff", "HEAD", "--", ":/*.py") if tracked else ""
         facts["versions"] = {name: installed[name] for name in packages if name in installed}
         write_file(run_dir / "args.json", json.dumps(facts, indent=2).encode())
         print(f"{run_dir}: {device.type}, {args.threads} threads, {precision}", flush=True)
@@ -1535,7 +1537,9 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     if path is None:
         if args.small:
             args = tyro.cli(Args, args=arguments, default=Args(small=True, **SMALL))
-            print("--small: " + ", ".join(f"{name} {getattr(args, name):g}" for name in SMALL), flush=True)
+            kept = "embed_dim" if vars(args).get("pretrained") else ""  # a checkpoint has its own
+            shown = [f"{name} {getattr(args, name)}" for name in SMALL if name != kept]
+            print(f"--small: {', '.join(shown)}", flush=True)
         return args
     content = load_checkpoint(path)
     if args.resume and (args.eval_only or content["script"] != Path(__file__).stem):

@@ -74,7 +74,7 @@ class Args:
     dataset_steps: int = 100_000  # size of the random dataset [environment steps]
     drop_last_episode: bool = False  # leave out the last trajectory, as the paper's episode counts do
     save_data: bool = False  # keep the data as RUN_DIR/data.npz, for q_guided_grpo_dt.py (Ant: 460 MB a million steps)
-    small: bool = False  # settings that learn on a laptop (SMALL) where no flag says otherwise, not the paper's
+    small: bool = False  # take the settings for a laptop (SMALL) where no flag says otherwise
     seed: int = 1  # seed of every random stream
 
     # Network
@@ -125,7 +125,7 @@ ROWS = {
     "AntMaze": (200_000, 1e-4, 5, 1, 1.0),
     "AntMaze diverse": (200_000, 1e-4, 1, 5, 1.0),
 }
-# --small: what learns in an hour on a processor core (docs/results.md). One for all tasks and kinds of data.
+# --small: a network for the other scripts' --small, in minutes of a processor core. Else the row's.
 SMALL = dict(embed_dim=128, c_offline=1, updates=4_000, lr=1e-3)
 
 
@@ -1151,10 +1151,10 @@ def mean_losses(logged: list[dict[str, torch.Tensor]]) -> dict[str, float]:
 
 def git(*words: str) -> str:
     """What git answers in this script's folder; "" without git, or outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), *words]
+    command = ["git", "-C", str(Path(__file__).parent), "-c", "color.ui=never", "-c", "diff.noprefix=false", *words]
     if not shutil.which("git"):
         return ""
-    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace").stdout.strip()
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace").stdout.rstrip("\n")
 
 
 class Log:
@@ -1176,7 +1176,9 @@ class Log:
         precision = "bf16" if args.bf16 and has_bf16(device) else "fp32"
         name = Path(__file__).name
         facts = dict(script=name, command=sys.argv, args=vars(args), device=device.type, precision=precision)
-        facts |= dict(commit=git("rev-parse", "HEAD"), diff=git("diff", "--no-ext-diff", "HEAD", "--", f":/*{name}"))
+        tracked = git("ls-files", f":/*{name}")
+        facts["commit"] = git("rev-parse", "--verify", "-q", "HEAD") if tracked else ""
+        facts["diff"] = git("diff", "--no-ext-diff", "HEAD", "--", ":/*.py") if tracked else ""
         facts["versions"] = {name: installed[name] for name in packages if name in installed}
         write_file(run_dir / "args.json", json.dumps(facts, indent=2).encode())
         print(f"{run_dir}: {device.type}, {args.threads} threads, {precision}", flush=True)
@@ -1366,7 +1368,9 @@ def parse_args(arguments: list[str] | None = None) -> Args:
     if path is None:
         if args.small:
             args = tyro.cli(Args, args=arguments, default=Args(small=True, **SMALL))
-            print("--small: " + ", ".join(f"{name} {getattr(args, name):g}" for name in SMALL), flush=True)
+            kept = "embed_dim" if vars(args).get("pretrained") else ""  # a checkpoint has its own
+            shown = [f"{name} {getattr(args, name)}" for name in SMALL if name != kept]
+            print(f"--small: {', '.join(shown)}", flush=True)
         return args
     content = load_checkpoint(path)
     if args.resume and (args.eval_only or content["script"] != Path(__file__).stem):

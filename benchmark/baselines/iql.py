@@ -60,7 +60,7 @@ class Args:
     dataset_kind: DatasetKind | None = None  # kind of data, picks the row [None: the checkpoint's]
     embed_dim: int = 128  # width of the transformer that is made with the random data where --pretrained is left out
     iterations: int = 1000  # rollouts, each with its updates
-    small: bool = False  # settings that learn on a laptop (SMALL) where no flag says otherwise
+    small: bool = False  # take the settings for a laptop (SMALL) where no flag says otherwise
     seed: int = 1  # seed of every random stream
 
     # Rollouts

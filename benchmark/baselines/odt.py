@@ -72,7 +72,7 @@ class Args:
     embed_dim: int = 512  # E, width of the transformer that is made where --pretrained is left out
     td3: bool = False  # ODT+TD3 in place of ODT
     iterations: int = 1500  # rollouts, each with its updates
-    small: bool = False  # settings that learn on a laptop (SMALL) where no flag says otherwise
+    small: bool = False  # take the settings for a laptop (SMALL) where no flag says otherwise
     seed: int = 1  # seed of every random stream
 
     # Rollouts and replay

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ PRESETS = {
     "pretrain_dt": dict(embed_dim=128, c_offline=1, updates=4000, lr=1e-3),
     "grpo_dt_continuous": GRPO,
     "ppo_dt_continuous": dict(embed_dim=128, gamma=0.995),
-    "q_guided_grpo_dt": dict(embed_dim=128, lr=5e-5, tau=0.05),
+    "q_guided_grpo_dt": dict(embed_dim=128, gamma=0.995, lr=5e-5, tau=0.05),
 }
 
 
@@ -33,6 +34,17 @@ def test_the_preset_gives_way_to_flags_wherever_they_stand(name, capsys):
         given = {"lr": 7e-5} | ({"embed_dim": 64} if "64" in flags else {})
         assert {key: args[key] for key in args if args[key] != plain[key]} == preset | {"small": True} | given
     assert vars(script.parse_args(["--no-small"])) == plain
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "pretrain_dt"])
+def test_what_is_printed_is_what_is_in_use(name, capsys):
+    """A checkpoint keeps its width; None asks for the paper's value of the row."""
+    script = importlib.import_module(name)
+    args = script.parse_args(["--small", "--pretrained", "RUN", "--lr", "None"])
+    said = capsys.readouterr().out
+    assert "embed_dim" not in said and args.lr is None
+    script.fill_from_table(args, "medium", 0.0)
+    assert args.lr == (1e-5 if name == "q_guided_grpo_dt" else 5e-5)
 
 
 def test_a_run_keeps_its_preset(tmp_path, capsys):
@@ -58,15 +70,21 @@ def test_a_small_finetuning_pretrains_a_small_network(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     args, seen = script.parse_args(["--small"]), []
-    monkeypatch.setattr(script, "load_checkpoint", lambda path: {"iteration": 900})
-    monkeypatch.setattr(script.Path, "exists", lambda path: True)
-    monkeypatch.setattr(script.subprocess, "run", lambda command, **more: seen.append(command))
-    assert "Hopper-v5__128__c1" in str(script.pretrained_on_random(args)) and not seen
+
+    def run(command, **more):
+        seen.extend(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    folder = script.pretrained_on_random(args)
+    assert "Hopper-v5__128__c1" in folder.name
+    given = dict(itertools.pairwise(seen))
+    assert (given["--embed-dim"], given["--run-dir"]) == ("128", str(folder))
     script.fill_from_table(args, "medium", 0.0)
     assert (args.l_traj, args.l_eval, args.gamma, args.lr) == (15, 400, 0.995, 1e-4)
 
 
-@pytest.mark.parametrize("name, said", [("odt", "embed_dim 128, c_online 1"), ("iql", "offline_updates 4000")])
+@pytest.mark.parametrize("name, said", [("odt", "c_online 1"), ("iql", "offline_updates 4000")])
 def test_the_baselines_have_theirs(name, said, tmp_path):
     words = [sys.executable, ROOT / f"benchmark/baselines/{name}.py", "--small", "--pretrained", tmp_path / "none"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
@@ -85,20 +103,28 @@ def test_args_json_has_what_a_script_differs_in_from_its_commit(name, tmp_path, 
     spec.loader.exec_module(script)
     monkeypatch.setattr(importlib.metadata, "distributions", tuple)  # takes long
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("GIT_DIR", raising=False)
 
     def facts(run):
         with script.Log(tmp_path / run, script.Args(), 1, []):
             return json.loads((tmp_path / run / "args.json").read_text())
 
     assert [facts("none")[key] for key in ("commit", "diff")] == ["", ""]
-    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    for words in (["init", "-q"], ["add", "sub"], ["commit", "-qm", "first"]):
-        subprocess.run([*git, *words], check=True)
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    for key, value in (("color.ui", "always"), ("diff.noprefix", "true")):
+        subprocess.run([*git, "config", key, value], check=True)
+    assert [facts("untracked")[key] for key in ("commit", "diff")] == ["", ""]
+    subprocess.run([*git, "add", "sub"], check=True)
+    assert [facts("unborn")[key] for key in ("commit", "diff")] == ["", ""]
+    subprocess.run([*git, "commit", "-qm", "first"], check=True)
     clean = facts("clean")
     assert len(clean["commit"]) == 40 and clean["diff"] == ""
-    changed = source.replace('"""Softmax attention.', '"""Softmax ± attention.')
-    Path(spec.origin).write_text(changed)
+    lines = source.split("\n")
+    places = [i for i in range(len(lines) - 3) if lines[i] and not lines[i + 3]]  # the diff ends with an empty line
+    lines[places[-1]] += "  # ±"
+    Path(spec.origin).write_text("\n".join(lines))
     (tmp_path / "patch").write_text(facts("changed")["diff"] + "\n")
     Path(spec.origin).write_text(source)
-    subprocess.run([*git, "apply", tmp_path / "patch"], check=True)
-    assert Path(spec.origin).read_text() == changed != source
+    subprocess.run([*git, "-c", "diff.noprefix=false", "apply", tmp_path / "patch"], check=True)
+    assert Path(spec.origin).read_text() == "\n".join(lines) != source
