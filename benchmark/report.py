@@ -76,12 +76,12 @@ Normalised scores: 0 = random, 100 = expert. Of tasks that are not in the paper'
   {LAST} evaluations after updates, or of fewer where that is said; pretraining has one. In an average: the mean over
   its datasets.
 - **best**: the largest single evaluation of all seeds. Evaluations are noisy, so it says little.
-- **sampled**: mean return of the trajectories with sampled actions that these runs rolled out between the same
+- **sampled return**: mean return, not score, of the trajectories with sampled actions that these runs rolled out between the same
   evaluations: of the policy that is trained, where evaluations play its mean action.
 - **IQM**: interquartile mean over seeds, in an average over all seeds of its datasets: the mean without the lowest and
   the highest quarter of the scores (rounded down, so with 3 seeds the plain mean); 95 % interval by {RESAMPLES:,}
   bootstrap samples of the seeds of each dataset.
-- **s / iteration**: wall time of an iteration, with its evaluation where it has one, of DT of an update, on whatever
+- **s / iteration**: wall time of an iteration without its evaluation, of DT of an update with it, on whatever
   machine the run had: the median over iterations and seeds.
 - **differs in**: settings of a run that are not those of the paper's Tables 5 to 7 and Appendix B.1, ours (paper's),
   ODT's rate of the entropy dual, and the context of its pretraining; unknown: the run folder has no args.json. The
@@ -533,7 +533,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (lines[0], ["---"] * len(header), *lines[1:])] + [""]
 
 
-DETAILS = ["last", "best", "sampled", "IQM [95 %]", "seeds", "iterations", "s / iteration"]
+DETAILS = ["last", "best", "sampled return", "IQM [95 %]", "seeds", "iterations", "s / iteration"]
 
 
 def details(ours: Summary) -> list[str]:
@@ -676,7 +676,7 @@ def write_csv(path: Path, summaries: list[Summary]) -> None:
     rows = []
     for s in summaries:
         row = dict(method=s.method, data=s.data, variant=s.variant, mean=s.mean, std=s.std, best=s.best)
-        row |= dict(sampled=s.sampled, iqm=s.iqm, iqm_low=s.interval[0], iqm_high=s.interval[1])
+        row |= dict(sampled_return=s.sampled, iqm=s.iqm, iqm_low=s.interval[0], iqm_high=s.interval[1])
         row |= dict(seeds=s.seeds, iterations=s.iterations)
         row |= dict(seconds_per_iteration=s.seconds, paper=s.paper, paper_std=s.paper_std, difference=s.mean - s.paper)
         row["unit"] = "return" if s.raw else "score"

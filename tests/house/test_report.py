@@ -121,6 +121,12 @@ def test_a_group_of_seeds_by_hand(tmp_path):
     assert average == ["MuJoCo (random)", "average of 1", "35.00", "-", "-", *cells[3:6], "-", "99.20", "-64.20", "-"]
 
 
+def test_the_sampled_return_is_of_the_iterations_since_the_evaluation_before_the_last_five(tmp_path):
+    make_run(tmp_path, "grpo_dt__Hopper-random__1", [0.0, 1.0, None, 2.0, 3.0, None, 4.0, 5.0, 6.0], hopper())
+    _, (ours, _) = page_of(tmp_path)
+    assert ours.sampled == np.mean([2000, 3000, 4000, 5000, 6000, 7000, 8000])  # after that of iteration 1
+
+
 def test_the_average_of_a_block_is_over_its_datasets_and_beside_the_papers_for_the_same(tmp_path):
     for name, task, scores in (("Hopper", "Hopper-v5", [10.0, 20.0, 30.0]), ("Ant", "Ant-v4", [60.0])):
         for seed, score in enumerate(scores):
