@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The figures of README.md and docs/results.md, from the runs in benchmark/results. Seconds.
+#
+#   bash benchmark/figures.sh
+set -euo pipefail
+cd "$(dirname "$0")/results"
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+
+# figure NAME PICTURE RUN ...: the picture of report.py that becomes NAME.png
+figure() {
+    local name=$1 picture=$2
+    shift 2
+    "${PYTHON:-python}" ../report.py "$@" --out "$out/$name" >"$out/log" || { cat "$out/log"; exit 1; }
+    cp "$out/$name/$picture.png" "../../docs/$name.png"
+}
+
+mkdir -p ../../docs/figures
+figure overview overview \
+    ppo_dt__hopper-medium__shipped-gamma0.995__* grpo_dt__hopper-medium__small-steps-now__* \
+    grpo_dt__ant-medium__small-steps-now__* \
+    q_guided_grpo_dt__ant-medium-replay__lr5e-5-tau0.05__1 grpo_dt__ant-medium-replay__small__1
+figure figures/hopper-medium Ho-M-v2 \
+    grpo_dt__hopper-medium__{lr5e-4-buffer512,small-kappa0.01,small-kappa0.01-gamma0.999,small-steps-now}__*
+figure figures/hopper-random Ho-R-v2 \
+    grpo_dt__hopper-random__{[0-9],small-100-iterations__3,small-lr2e-4-kappa0.01__3} ppo_dt__hopper-random__*
+figure figures/ppo Ho-M-v2 \
+    ppo_dt__hopper-medium__{paper,gamma0.995,shipped-gamma0.995}__*
+figure figures/medium-replay overview_steps \
+    q_guided_grpo_dt__*-replay__{lr5e-5-tau0.05__1,small-gamma0.995__1} \
+    grpo_dt__*-replay__small__1 ppo_dt__*-replay__small__1
