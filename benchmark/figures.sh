@@ -17,7 +17,7 @@ figure() {
 
 mkdir -p ../../docs/figures
 figure overview overview \
-    ppo_dt__hopper-medium__shipped-gamma0.995__* grpo_dt__hopper-medium__small-steps__* \
+    ppo_dt__hopper-medium__shipped-small__* grpo_dt__hopper-medium__small-steps__* \
     grpo_dt__ant-medium__small-steps__* \
     q_guided_grpo_dt__ant-medium-replay__lr5e-5-tau0.05__1 grpo_dt__ant-medium-replay__small__1
 figure figures/hopper-medium Ho-M-v2 \
@@ -25,7 +25,9 @@ figure figures/hopper-medium Ho-M-v2 \
 figure figures/hopper-random Ho-R-v2 \
     grpo_dt__hopper-random__{[0-9],small-100-iterations__3,small-lr2e-4-kappa0.01__3} ppo_dt__hopper-random__*
 figure figures/ppo Ho-M-v2 \
-    ppo_dt__hopper-medium__{paper,gamma0.995,shipped-gamma0.995}__*
+    ppo_dt__hopper-medium__{paper,gamma0.995,shipped-small}__*
+figure figures/hindsight Ho-M-v2 \
+    ppo_dt__hopper-medium__shipped-small{,-hindsight}__*
 figure figures/medium-replay overview_steps \
     q_guided_grpo_dt__*-replay__{lr5e-5-tau0.05__1,small-gamma0.995__1} \
     grpo_dt__*-replay__small__1 ppo_dt__*-replay__small__1
