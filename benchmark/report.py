@@ -76,8 +76,8 @@ Normalised scores: 0 = random, 100 = expert. Of tasks that are not in the paper'
   {LAST} evaluations after updates, or of fewer where that is said; pretraining has one. In an average: the mean over
   its datasets.
 - **best**: the largest single evaluation of all seeds. Evaluations are noisy, so it says little.
-- **sampled return**: mean return, not score, of the trajectories with sampled actions that these runs rolled out between the same
-  evaluations: of the policy that is trained, where evaluations play its mean action.
+- **sampled return**: mean return, not score, of the trajectories with sampled actions that these runs rolled out
+  between the same evaluations: of the policy that is trained, where evaluations play its mean action.
 - **IQM**: interquartile mean over seeds, in an average over all seeds of its datasets: the mean without the lowest and
   the highest quarter of the scores (rounded down, so with 3 seeds the plain mean); 95 % interval by {RESAMPLES:,}
   bootstrap samples of the seeds of each dataset.
