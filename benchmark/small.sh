@@ -34,6 +34,7 @@ grpo_dt__Hopper-medium__small-steps                python grpo_dt_continuous.py 
 grpo_dt__Ant-medium__small-steps                   python grpo_dt_continuous.py --env-id Ant-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Ant-medium__small__{seed} --iterations 500 --small
 ppo_dt__Hopper-medium__small             python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 84
 ppo_dt__Hopper-medium__small-gamma0.995  python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 84 --gamma 0.995
+ppo_dt__Ant-medium__small                python ppo_dt_continuous.py --env-id Ant-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Ant-medium__small__{seed} --small --iterations 60 --eval-every 5
 ppo_dt__Hopper-medium__shipped-gamma0.995 python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained benchmark/checkpoints/hopper-medium --iterations 40 --gamma 0.995 --eval-every 5
 ppo_dt__Hopper-medium__shipped-small      python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained benchmark/checkpoints/hopper-medium --small --iterations 40 --eval-every 5
 ppo_dt__Hopper-medium__shipped-small-hindsight python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained benchmark/checkpoints/hopper-medium --small --iterations 40 --eval-every 5 --hindsight

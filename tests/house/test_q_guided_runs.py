@@ -330,7 +330,7 @@ def start(pretrained, tmp_path):
 def test_without_the_data_the_line_names_the_command_that_writes_them(given, start, tmp_path):
     (start / "data.npz").unlink()
     with refused(
-        f"{re.escape(str(start))}/data.npz, .*python pretrain_dt.py --resume {re.escape(str(start))} --save-data"
+        f"{re.escape(str(start))}/data.npz .*python pretrain_dt.py --resume {re.escape(str(start))} --save-data"
     ):
         main(toy_args(pretrained=str(tmp_path / given), run_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()

@@ -581,7 +581,14 @@ def test_a_run_of_another_script_is_not_resumed(script, wholes, pretrained, refu
 # A value other than the toy's for each flag that the saved state hangs on.
 CHANGED = {"env_id": "Ant-v4", "pretrained": "other", "dataset_kind": "expert", "embed_dim": "32", "c_online": "5"}
 CHANGED |= {"l_traj": "9", "kappa_initial": "0.5", "run_dir": "other", "hindsight": "", "full_trajectories": ""}
-CHANGED |= {"mixed_groups": "", "ratio": "token", "random_points": "", "value_dim": "9", "value_norm": "True"}
+CHANGED |= {
+    "mixed_groups": "",
+    "ratio": "token",
+    "random_points": "",
+    "value_dim": "9",
+    "value_norm": "True",
+    "small": "",
+}
 
 
 def test_resuming_refuses_what_the_saved_state_hangs_on(script, whole, resume, refused):
