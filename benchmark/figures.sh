@@ -18,7 +18,7 @@ figure() {
 mkdir -p ../../docs/figures
 figure overview overview \
     ppo_dt__hopper-medium__shipped-small__* grpo_dt__hopper-medium__small-steps__* \
-    grpo_dt__ant-medium__small-steps__* \
+    grpo_dt__ant-medium__small-steps__* ppo_dt__ant-medium__small__* \
     q_guided_grpo_dt__ant-medium-replay__lr5e-5-tau0.05__1 grpo_dt__ant-medium-replay__small__1
 figure figures/hopper-medium Ho-M-v2 \
     grpo_dt__hopper-medium__{lr5e-4-buffer512,small-kappa0.01,small-kappa0.01-gamma0.999,small-steps}__*
