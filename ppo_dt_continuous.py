@@ -84,7 +84,8 @@ class Args:
     replay_iterations: int = 4  # iterations for which full trajectories are kept
     gamma: float | None = None  # discount per step
     gae_lambda: float | None = None  # lambda of GAE: 0 trusts the value network, 1 the returns
-    g_online: float | None = None  # initial return-to-go of rollouts and evaluations [raw reward units]
+    g_online: float | None = None  # initial return-to-go of rollouts [raw reward units]
+    g_eval: float | None = None  # initial return-to-go of evaluations [raw reward units; None: the checkpoint's]
     c_online: int | None = None  # context length [steps]
 
     # Update
@@ -435,12 +436,12 @@ def collect(policy, sims, n: int, args: Args, rng: np.random.Generator, snapshot
 
 
 def evaluate(policy, sims, args: Args, iteration: int, film_to: Path | None = None) -> dict[str, float]:
-    """Episodes with the mean action, from g_online: the columns eval/ of metrics.csv. The same (seed, iteration) plays
+    """Episodes with the mean action, from g_eval: the columns eval/ of metrics.csv. The same (seed, iteration) plays
     the same episodes, so a saved model scores what it scored in memory. film_to: a folder, for the first episode."""
     begun = time.perf_counter()
     seeds = np.random.default_rng([args.seed, iteration, 1]).integers(2**31, size=args.eval_episodes)
     n = len(seeds)
-    g = np.full(n, args.g_online)
+    g = np.full(n, args.g_eval)
     last = np.full(n, sims.limit)
     noise = np.zeros((n, 0, policy.act_dim), np.float32)
     steps = rollout(policy, sims, sims.reset(seeds), g, noise, last, context=args.c_online)
@@ -1007,7 +1008,7 @@ def run_facts(base: dict, args: Args) -> dict:
     """What every checkpoint of a run says beside weights and state: plain types, for whoever resumes or evaluates."""
     facts = {key: base[key] for key in ("sizes", "env_id", "env_kwargs", "dataset", "dataset_best_return")}
     facts |= dict(script=Path(__file__).stem, dataset_kind=args.dataset_kind, args=vars(args) | {"resume": None})
-    return facts | dict(g_eval=args.g_online, c_online=args.c_online)
+    return facts | dict(g_eval=args.g_eval, c_online=args.c_online)
 
 
 def mean_losses(logged: list[dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -1258,6 +1259,7 @@ def start(args: Args) -> dict:
     if args.resume and base["iteration"] > args.iterations:
         die(f"{path} is at iteration {base['iteration']}: give --iterations {base['iteration']} or more.")
     args.embed_dim = base["sizes"]["embed_dim"]
+    args.g_eval = base["g_eval"] if args.g_eval is None else args.g_eval
     fill_from_table(args, base["dataset_kind"], base["dataset_best_return"])
     return base
 
@@ -1274,13 +1276,14 @@ def eval_only(args: Args, players) -> None:
         row = evaluate(model, sims, args, content["iteration"], film_to)
     shown = [name for name in row if name.startswith("eval/") and not math.isnan(row[name])]
     shown = [f"{name.removeprefix('eval/')} {row[name]:,.1f}" for name in shown]
-    print(f"evaluation: {', '.join(shown)} ({args.eval_episodes} episodes, g = {args.g_online:,.0f})", flush=True)
+    print(f"evaluation: {', '.join(shown)} ({args.eval_episodes} episodes, g = {args.g_eval:,.0f})", flush=True)
 
 
 # Fields of all scripts here.
 MAY_BE_ZERO = ("seed", "l_eval", "delta_r", "beta", "weight_decay", "kappa_lr", "workers", "dropout", "gae_lambda")
 MAY_BE_ZERO += ("value_warmup", "critic_warmup", "target_noise", "target_noise_clip")
 UP_TO_ONE = ("gamma", "gae_lambda", "tau", "dropout")
+ANY_SIGN = ("g_online", "g_eval")
 
 
 def check_args(args: Args) -> None:
@@ -1290,9 +1293,9 @@ def check_args(args: Args) -> None:
         if value == "":
             die(f"{flag} is empty: give a value, or leave it out.")
         if type(value) in (int, float):
-            fits = value > 0 or (value == 0 and name in MAY_BE_ZERO) or name == "g_online"
+            fits = value > 0 or (value == 0 and name in MAY_BE_ZERO) or name in ANY_SIGN
             if not (fits and abs(value) < 2**31) or (name in UP_TO_ONE and value > 1):  # NaN is not below
-                least = "" if name == "g_online" else ", 0 or more" if name in MAY_BE_ZERO else " above 0"
+                least = "" if name in ANY_SIGN else ", 0 or more" if name in MAY_BE_ZERO else " above 0"
                 most = "up to 1" if name in UP_TO_ONE else "below 2**31"
                 die(f"{flag} is {value}: give a finite number{least}, {most}.")
             cores = os.cpu_count() or 1
@@ -1328,10 +1331,10 @@ def parse_args(arguments: list[str] | None = None) -> Args:
         die(f"{path} holds weights alone or is of an older version: start a new run.")
     if ":" in content["env_id"] and args.env_id != content["env_id"]:  # gym.make would import what stands before it
         die(f"{path} imports a module, {content['env_id']}: if you trust it, give --env-id {content['env_id']}.")
-    values = content["args"] | {"env_id": content["env_id"]}
+    values = content["args"] | {"env_id": content["env_id"], "g_eval": content["g_eval"]}
     saved = Args(**{name: value for name, value in values.items() if name in vars(args)})
     if args.eval_only:
-        own = dict(g_online=content["g_eval"], c_online=content["c_online"], threads=None, workers=None)
+        own = dict(c_online=content["c_online"], threads=None, workers=None)
         own |= dict(capture_video=False, track=False, resume=None)
         saved = dataclasses.replace(saved, **{name: own[name] for name in own.keys() & vars(args).keys()})
     args = tyro.cli(Args, args=arguments, default=saved)

@@ -4,7 +4,7 @@
   1. cut the dataset into trajectories; the return-to-go of a step is the sum of the rewards from it on
   2. draw windows of c_offline steps (g, s, a), every step of the data equally likely to be the first
   3. maximise log pi(a | window) under the entropy constraint H(pi) >= -dim A           (ODT's objective)
-  4. LAMB with linear warm-up; at the end, evaluate at the return-to-go g_online with context c_online
+  4. LAMB with linear warm-up; at the end, evaluate at the return-to-go g_eval with context c_online
 
 Departures from the paper and from ODT, its base (docs/pretrain_dt.md explains each under the same number):
   (1) the mean action is tanh(mean), the median of the squashed Gaussian, not its expectation: ODT does the same
@@ -96,7 +96,7 @@ class Args:
     kappa_lr: float = 1e-4  # Adam's learning rate on log kappa
 
     # The run
-    g_online: float | None = None  # initial return-to-go of evaluations [raw reward units]
+    g_eval: float | None = None  # initial return-to-go of evaluations [raw reward units]
     eval_episodes: int = 10  # episodes of an evaluation
     log_every: int = 100  # updates between rows of metrics.csv, each with a checkpoint
     threads: int | None = None  # CPU threads of torch [None: torch's choice, or OMP_NUM_THREADS]
@@ -110,9 +110,9 @@ class Args:
 
 
 # Updates and learning rates are ODT+TD3's (Yan et al. 2024), to which the paper's Appendix B.1 defers; contexts are
-# those of Table 6. g_online is the return-to-go that evaluations begin at: ODT's and ODT+TD3's, for Adroit the paper's.
+# those of Table 6. g_eval is the return-to-go that evaluations begin at: ODT's and ODT+TD3's, for Adroit the paper's.
 # Relocate and HalfCheetah are not in the paper: ODT+TD3's too, but for a context of 1. Keys: the id up to the version.
-COLUMNS = ("updates", "lr", "c_offline", "c_online", "g_online")
+COLUMNS = ("updates", "lr", "c_offline", "c_online", "g_eval")
 ROWS = {
     "Hopper": (5_000, 1e-4, 20, 1, 3600.0),
     "Walker2d": (10_000, 1e-3, 20, 1, 5000.0),
@@ -131,7 +131,7 @@ SMALL = dict(embed_dim=128, c_offline=1, updates=4_000, lr=1e-3)
 
 def fill_from_row(args: Args, best_return: float) -> None:
     """Fill the fields that are None from the task's row, and print what is in use. Outside the table that is Hopper's
-    row, and g_online the best return of the dataset."""
+    row, and g_eval the best return of the dataset."""
     task = task_of(args.env_id)
     if args.dataset_kind is None:
         name = Path(args.dataset).name.lower().replace("_", "-")
@@ -141,7 +141,7 @@ def fill_from_row(args: Args, best_return: float) -> None:
     key = "AntMaze diverse" if task == "AntMaze" and args.dataset_kind == "diverse" else task
     row = dict(zip(COLUMNS, ROWS.get(key, ROWS["Hopper"])))
     if key not in ROWS:
-        row["g_online"] = best_return
+        row["g_eval"] = best_return
     if args.warmup is None:
         # LAMB moves a tensor by about lr of its norm per update: 2,000 updates under a warm-up of 10,000 would
         # move it by 2 %, and the network would still be the untrained one. Departure (4).
@@ -358,12 +358,12 @@ def rollout(policy, sims, observations, g, noise, last, past=None, context=1, sn
 
 
 def evaluate(policy, sims, args: Args, iteration: int, film_to: Path | None = None) -> dict[str, float]:
-    """Episodes with the mean action, from g_online: the columns eval/ of metrics.csv. The same (seed, iteration) plays
+    """Episodes with the mean action, from g_eval: the columns eval/ of metrics.csv. The same (seed, iteration) plays
     the same episodes, so a saved model scores what it scored in memory. film_to: a folder, for the first episode."""
     begun = time.perf_counter()
     seeds = np.random.default_rng([args.seed, iteration, 1]).integers(2**31, size=args.eval_episodes)
     n = len(seeds)
-    g = np.full(n, args.g_online)
+    g = np.full(n, args.g_eval)
     last = np.full(n, sims.limit)
     noise = np.zeros((n, 0, policy.act_dim), np.float32)
     steps = rollout(policy, sims, sims.reset(seeds), g, noise, last, context=args.c_online)
@@ -1111,7 +1111,7 @@ def pretraining_facts(args: Args, data: Dataset, env_kwargs: dict) -> dict:
     facts = dict(script=Path(__file__).stem, sizes=sizes, env_id=args.env_id, env_kwargs=env_kwargs)
     facts |= dict(dataset=args.dataset, dataset_kind=args.dataset_kind, dataset_best_return=data.best_return())
     facts |= dict(fingerprint=fingerprint(data), args=vars(args) | {"resume": None})
-    return facts | dict(g_eval=args.g_online, c_online=args.c_online)
+    return facts | dict(g_eval=args.g_eval, c_online=args.c_online)
 
 
 def start_or_resume(args: Args, data: Dataset, facts: dict) -> dict:
@@ -1325,13 +1325,14 @@ def eval_only(args: Args, players) -> None:
         row = evaluate(model, sims, args, content["iteration"], film_to)
     shown = [name for name in row if name.startswith("eval/") and not math.isnan(row[name])]
     shown = [f"{name.removeprefix('eval/')} {row[name]:,.1f}" for name in shown]
-    print(f"evaluation: {', '.join(shown)} ({args.eval_episodes} episodes, g = {args.g_online:,.0f})", flush=True)
+    print(f"evaluation: {', '.join(shown)} ({args.eval_episodes} episodes, g = {args.g_eval:,.0f})", flush=True)
 
 
 # Fields of all scripts here.
 MAY_BE_ZERO = ("seed", "l_eval", "delta_r", "beta", "weight_decay", "kappa_lr", "workers", "dropout", "gae_lambda")
 MAY_BE_ZERO += ("value_warmup", "critic_warmup", "target_noise", "target_noise_clip")
 UP_TO_ONE = ("gamma", "gae_lambda", "tau", "dropout")
+ANY_SIGN = ("g_online", "g_eval")
 
 
 def check_args(args: Args) -> None:
@@ -1341,9 +1342,9 @@ def check_args(args: Args) -> None:
         if value == "":
             die(f"{flag} is empty: give a value, or leave it out.")
         if type(value) in (int, float):
-            fits = value > 0 or (value == 0 and name in MAY_BE_ZERO) or name == "g_online"
+            fits = value > 0 or (value == 0 and name in MAY_BE_ZERO) or name in ANY_SIGN
             if not (fits and abs(value) < 2**31) or (name in UP_TO_ONE and value > 1):  # NaN is not below
-                least = "" if name == "g_online" else ", 0 or more" if name in MAY_BE_ZERO else " above 0"
+                least = "" if name in ANY_SIGN else ", 0 or more" if name in MAY_BE_ZERO else " above 0"
                 most = "up to 1" if name in UP_TO_ONE else "below 2**31"
                 die(f"{flag} is {value}: give a finite number{least}, {most}.")
             cores = os.cpu_count() or 1
@@ -1379,10 +1380,10 @@ def parse_args(arguments: list[str] | None = None) -> Args:
         die(f"{path} holds weights alone or is of an older version: start a new run.")
     if ":" in content["env_id"] and args.env_id != content["env_id"]:  # gym.make would import what stands before it
         die(f"{path} imports a module, {content['env_id']}: if you trust it, give --env-id {content['env_id']}.")
-    values = content["args"] | {"env_id": content["env_id"]}
+    values = content["args"] | {"env_id": content["env_id"], "g_eval": content["g_eval"]}
     saved = Args(**{name: value for name, value in values.items() if name in vars(args)})
     if args.eval_only:
-        own = dict(g_online=content["g_eval"], c_online=content["c_online"], threads=None, workers=None)
+        own = dict(c_online=content["c_online"], threads=None, workers=None)
         own |= dict(capture_video=False, track=False, resume=None)
         saved = dataclasses.replace(saved, **{name: own[name] for name in own.keys() & vars(args).keys()})
     args = tyro.cli(Args, args=arguments, default=saved)

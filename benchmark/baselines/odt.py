@@ -27,7 +27,6 @@ run of pretrain_dt.py itself, so that all methods begin with one policy.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 import signal
 import sys
@@ -463,8 +462,7 @@ def main(args: Args) -> Path:
     elif base["script"] == "pretrain_dt" and "learner" in base:
         learner.load_state(base["learner"])  # moments, kappa and warm-up go on
     film_to = run_dir / "videos" if args.capture_video else None
-    evaluation = dataclasses.replace(args, g_online=args.g_eval)
-    facts = q_guided.run_facts(base, args) | dict(fingerprint=fingerprint, g_eval=args.g_eval)
+    facts = q_guided.run_facts(base, args) | dict(fingerprint=fingerprint)
 
     def save() -> None:
         content = dict(iteration=iteration, env_steps=env_steps, updates=updates, rows=log.rows)
@@ -475,7 +473,7 @@ def main(args: Args) -> Path:
     sims = q_guided.Environments(env, args.eval_episodes)
     with sims, q_guided.Log(run_dir, args, args.iterations, rows) as log:
         if not rows:  # the pretrained policy, before any update
-            log.add({"iteration": 0} | q_guided.evaluate(model.eval(), sims, evaluation, 0, film_to))
+            log.add({"iteration": 0} | q_guided.evaluate(model.eval(), sims, args, 0, film_to))
             if args.td3:
                 learner.warm_up(replay_of(offline, [], len(offline), td3=True))
                 log.begun = time.time()  # the warm-up says nothing of the time that is left
@@ -499,7 +497,7 @@ def main(args: Args) -> Path:
             row = {"iteration": iteration} | learner.metrics() | q_guided.trajectory_metrics(trajectories)
             row |= q_guided.time_metrics(*clock)
             if iteration % args.eval_every == 0 or iteration == args.iterations:
-                row |= q_guided.evaluate(model.eval(), sims, evaluation, iteration, film_to)
+                row |= q_guided.evaluate(model.eval(), sims, args, iteration, film_to)
             env_steps += sum(len(trajectory.rewards) for trajectory in trajectories)
             updates += args.n_minibatches
             log.add(row | {"charts/env_steps": env_steps, "charts/gradient_updates": updates})
@@ -520,23 +518,12 @@ def read_data(base: dict, args: Args) -> tuple[list[Episode], int]:
     return offline_episodes(dict(np.load(folder / "data.npz"))), fingerprint
 
 
-check_args_of_the_scripts = q_guided.check_args
-
-
-def check_args(args: Args) -> None:
-    """Exits with a line on values that cannot work, before anything is written."""
-    if args.g_eval is not None and not np.isfinite(args.g_eval):
-        q_guided.die(f"--g-eval is {args.g_eval}: give a finite number.")
-    check_args_of_the_scripts(dataclasses.replace(args, g_eval=None))
-
-
 def parse_args(arguments: list[str]) -> Args:
     """The command line, read by the machinery of q_guided_grpo_dt.py, which from here on works for this script."""
     q_guided.__file__ = str(Path(pretrain.__file__).with_name("odt.py"))  # runs bear this name
     q_guided.Args, q_guided.SMALL = Args, SMALL
     q_guided.paper_row = task_row
     q_guided.fill_from_table = fill_from_table
-    q_guided.check_args = check_args
     q_guided.load_model = load_model
     q_guided.MAY_BE_ZERO += ("min_steps", "alpha", "exploration_noise")
     q_guided.FIXED += ("c_offline", "replay_size", "td3")

@@ -661,11 +661,11 @@ def test_full_trajectories_fall_by_each_reward_and_replay_from_their_snapshots(c
 
 @pytest.mark.parametrize("env_id, context", [("Hopper-v5", 1), ("Reacher-v5", 3)])
 def test_evaluations_are_those_of_playing_each_episode_alone(env_id, context):
-    env, args = make_env(env_id, {}), toy_args(env_id=env_id, c_online=context, eval_episodes=3)
+    env, args = make_env(env_id, {}), toy_args(env_id=env_id, c_online=context, eval_episodes=3, g_eval=5.0)
     model, sims = draw_model(*env.observation_space.shape, *env.action_space.shape), Simulators(env, 3, 0)
     with mock.patch.object(sims, "reset", wraps=sims.reset) as reset:
         row = evaluate(model, sims, args, 4)
-    rewards = [play(env_id, model, seed, 3.0, context, [])[0] for seed in reset.call_args.args[0].tolist()]
+    rewards = [play(env_id, model, seed, 5.0, context, [])[0] for seed in reset.call_args.args[0].tolist()]
     returns = [each.sum() for each in rewards]
     assert len({*returns}) == 3
     assert row["eval/return_mean"] == pytest.approx(np.mean(returns), abs=1e-3)

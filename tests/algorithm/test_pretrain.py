@@ -301,8 +301,8 @@ def test_warmup_is_10000_for_the_rows_updates_and_a_tenth_of_fewer(updates, warm
 
 
 def test_flags_override_the_row(capsys):
-    args, _ = filled(capsys, env_id="Hopper-v5", updates=7, lr=0.5, warmup=3, c_offline=4, c_online=2, g_online=1.0)
-    assert (args.updates, args.lr, args.warmup, args.c_offline, args.c_online, args.g_online) == (7, 0.5, 3, 4, 2, 1.0)
+    args, _ = filled(capsys, env_id="Hopper-v5", updates=7, lr=0.5, warmup=3, c_offline=4, c_online=2, g_eval=1.0)
+    assert (args.updates, args.lr, args.warmup, args.c_offline, args.c_online, args.g_eval) == (7, 0.5, 3, 4, 2, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_flags_override_the_row(capsys):
 def test_row_is_picked_by_environment_and_kind_of_data(env_id, dataset, kind, row, capsys):
     args, line = filled(capsys, env_id=env_id, dataset=dataset)
     assert args.dataset_kind == kind
-    assert (args.updates, args.lr, args.c_offline, args.c_online, args.g_online) == row
+    assert (args.updates, args.lr, args.c_offline, args.c_online, args.g_eval) == row
     assert args.warmup == 10_000
     assert line.startswith("row ") and f"{kind} data" in line
 
@@ -334,7 +334,7 @@ def test_given_kind_of_data_beats_the_name_of_the_dataset(capsys):
 def test_environment_outside_the_table_takes_hoppers_row_and_the_best_return_of_the_data(capsys):
     args, line = filled(capsys, env_id="Pendulum-v1")
     assert (args.updates, args.lr, args.c_offline, args.c_online, args.warmup) == (5_000, 1e-4, 20, 1, 10_000)
-    assert args.g_online == -7.5 and "row outside the table (random data)" in line and "g_online -7.5" in line
+    assert args.g_eval == -7.5 and "row outside the table (random data)" in line and "g_eval -7.5" in line
 
 
 def test_initial_weights_hang_on_the_seed_alone():

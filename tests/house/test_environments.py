@@ -645,7 +645,7 @@ def test_an_evaluation_scores_the_same_as_in_simulators():
     torch.manual_seed(0)
     model, scores = script.DecisionTransformer(11, 3, 16, 2, 2).eval(), []
     for players in (Environments, grpo_dt_continuous.Simulators):
-        args = SimpleNamespace(env_id="Hopper-v5", seed=3, eval_episodes=3, g_online=20.0, c_online=2)
+        args = SimpleNamespace(env_id="Hopper-v5", seed=3, eval_episodes=3, g_eval=20.0, c_online=2)
         with players(make_env("Hopper-v5", {}), 3) as sims:
             scores.append(script.evaluate(model, sims, args, 7))
     for name in ("return_mean", "return_std", "length_mean", "normalized_score"):

@@ -81,7 +81,7 @@ BELOW += ["dataset_steps", "eval_episodes", "log_every", "kappa_initial", "threa
 WRONG = [(name, 0) for name in BELOW] + [("lr", -0.001), ("threads", -1), ("seed", -1), ("kappa_lr", -1)]
 WRONG += [("dropout", 1.5), ("dropout", -0.1), ("weight_decay", -1)]
 WRONG += [("max_grad_norm", 0), ("max_grad_norm", -1)]  # below 0 it would turn the gradient round
-WRONG += [("lr", "nan"), ("lr", "inf"), ("kappa_initial", "nan"), ("g_online", "nan"), ("g_online", "inf")]
+WRONG += [("lr", "nan"), ("lr", "inf"), ("kappa_initial", "nan"), ("g_eval", "nan"), ("g_eval", "inf")]
 
 
 @pytest.mark.parametrize("name, value", WRONG)

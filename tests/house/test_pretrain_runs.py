@@ -243,9 +243,9 @@ def test_a_saved_and_reloaded_checkpoint_scores_what_metrics_csv_says(whole, cap
 
 def test_eval_only_takes_the_checkpoints_arguments_but_for_those_of_the_evaluation(whole):
     path = str(whole / "checkpoint.pt")
-    args = parse_args(["--eval-only", path, "--eval-episodes", "3", "--g-online", "7", "--seed", "9"])
+    args = parse_args(["--eval-only", path, "--eval-episodes", "3", "--g-eval", "7", "--seed", "9"])
     assert (args.embed_dim, args.c_online, args.env_id) == (16, 2, "Hopper-v5")
-    assert (args.eval_episodes, args.g_online, args.seed) == (3, 7.0, 9)
+    assert (args.eval_episodes, args.g_eval, args.seed) == (3, 7.0, 9)
     with pytest.raises(SystemExit, match="--env-id"):
         parse_args(["--eval-only", path, "--env-id", "Ant-v5"])
 

@@ -23,7 +23,9 @@ spec.loader.exec_module(report)
 
 # The settings of the paper for GRPO-DT on Hopper, as args.json has them.
 HOPPER = dict(n_batch=256, c_online=1, g_online=7200.0, l_traj=15, l_eval=400, gamma=0.995, epsilon=0.2, delta_r=2.0)
-HOPPER |= dict(lr=5e-5, kappa_initial=0.2, embed_dim=512, beta=1e-3, weight_decay=1e-4, max_grad_norm=0.5)
+HOPPER |= dict(
+    g_eval=3600.0, lr=5e-5, kappa_initial=0.2, embed_dim=512, beta=1e-3, weight_decay=1e-4, max_grad_norm=0.5
+)
 
 
 def make_run(folder, name, scores, args=None, steps=100, command=None, script="grpo_dt_continuous.py"):
@@ -294,6 +296,8 @@ def test_settings_are_held_against_the_papers_tables():
         assert said == ", ".join(["lr 0.0001 (5e-05)", *old])
     assert differs("grpo_dt", "Hopper", "random", group_size=8, buffer_size=64) == "buffer_size 64 (2048)"
     assert differs("q_guided_grpo_dt", "Ant", "medium-replay", lr=5e-5) == "lr 5e-05 (1e-05)"
+    for args in (dict(g_online=7200.0), dict(g_online=7200.0, g_eval=7200.0)):
+        assert differs("ppo_dt", "Hopper", "random", **args) == "evaluated at g_online"
     assert report.settings_that_differ("grpo_dt", "Hopper", "random", {}) == "unknown"
     changed = hopper(env_kwargs='{"healthy_reward": 2, "x": 1}', delta_r=None)
     assert differs("grpo_dt", "Hopper", "random", **changed) == 'env_kwargs {"healthy_reward": 2,"x": 1}'
@@ -440,7 +444,7 @@ def test_the_command_reports_on_the_committed_results_and_on_nothing(tmp_path):
         every = [float(each["eval/normalized_score"] or "nan") for each in report.read_csv(path)]
         scores.append(statistics.fmean([score for score in every if not math.isnan(score)][-5:]))
     assert row[2] == f"{statistics.fmean(scores):.2f} ± {statistics.stdev(scores):.2f}"
-    assert row[-1].startswith("embed_dim 128 (512), pretrained by")
+    assert row[-1].startswith("embed_dim 128 (512), evaluated at g_online, pretrained by")
     (tmp_path / "empty").mkdir()
     done = command("empty", "--no-curves", "--out", "nothing")
     assert done.returncode == 0 and "no run (17 of 17)" in (tmp_path / "nothing/report.md").read_text()

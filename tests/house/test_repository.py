@@ -32,7 +32,7 @@ MAY_DIFFER = {
     ("pretrained", "comment"): "Q-guided GRPO-DT also needs the data that pretraining keeps on --save-data",
     ("dataset_kind", "comment"): "pretraining reads it off the dataset's name, finetuning from the checkpoint",
     ("embed_dim", "comment"): "where --pretrained is given, that decides",
-    ("g_online", "comment"): "pretraining has no rollouts",
+    ("g_eval", "comment"): "pretraining's is the row's",
     ("c_online", "comment"): "beside c_offline in pretraining",
     ("kappa_initial", "type"): "one value in pretraining, one per row of the paper's tables in finetuning",
     ("kappa_initial", "default"): "as above",

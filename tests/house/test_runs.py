@@ -210,7 +210,8 @@ def test_finetuning_runs_on_a_task_of_each_family(env_id, context, script, split
     run_dir = split(1, env_id=env_id, pretrained=start, **table_row)
     content, rows = load(run_dir), table(run_dir)
     assert (content["c_online"], content["script"]) == (context, script.__name__)
-    assert content["g_eval"] == {"AdroitHandHammer-v1": 4000, "AntMaze_UMaze-v4": 2}[env_id]
+    assert content["args"]["g_online"] == {"AdroitHandHammer-v1": 4000, "AntMaze_UMaze-v4": 2}[env_id]
+    assert content["g_eval"] == load(start)["g_eval"] == 20
     assert [row["iteration"] for row in rows] == ["0", "1"] and rows[1]["eval/normalized_score"] != ""
     assert rows[1]["rollout/terminated"] == "0.0"
     if env_id.startswith("AntMaze"):
@@ -365,12 +366,13 @@ def test_rates_given_with_resume_hold_from_there_on(script, split, resume):
 
 def test_other_flags_given_with_resume_hold_from_there_on(whole, split, resume):
     run_dir = split(1)
-    resume(run_dir, "--iterations", 2, "--gamma", 1.0, "--n-minibatches", 3, "--g-online", 50, "--seed", 7)
+    flags = ("--gamma", 1.0, "--n-minibatches", 3, "--g-online", 50, "--g-eval", 60, "--seed", 7)
+    resume(run_dir, "--iterations", 2, *flags)
     rows, theirs = table(run_dir), table(whole)
     assert learning_columns(run_dir)[1] == learning_columns(whole)[1]
     assert rows[2]["charts/gradient_updates"] == "11"
     assert rows[2]["rollout/return"] != theirs[2]["rollout/return"]
-    assert load(run_dir)["g_eval"] == 50
+    assert load(run_dir)["g_eval"] == 60
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
@@ -402,10 +404,10 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(kills, script,
 def test_evaluating_a_saved_run_scores_what_its_last_row_says(script, whole, evaluate_only, monkeypatch):
     rows, scored, before = table(whole), [], content_of(whole)
     args, evaluate = script.parse_args(["--eval-only", str(whole)]), script.evaluate
-    assert (args.g_online, args.c_online, args.eval_episodes, args.threads) == (3.0, 1, 1, None)
+    assert (args.g_eval, args.c_online, args.eval_episodes, args.threads) == (20.0, 1, 1, None)
     monkeypatch.setattr(script, "evaluate", lambda *given: scored.append(evaluate(*given)) or scored[-1])
     evaluate_only(whole, "--threads", 1)
-    evaluate_only(whole / "checkpoint.pt", "--threads", 1, "--g-online", 400)
+    evaluate_only(whole / "checkpoint.pt", "--threads", 1, "--g-eval", 400)
     for name in ("return_mean", "return_std", "length_mean", "normalized_score"):
         assert repr(scored[0][f"eval/{name}"]) == rows[-1][f"eval/{name}"]
     assert scored[1]["eval/return_mean"] != scored[0]["eval/return_mean"]
@@ -415,7 +417,7 @@ def test_evaluating_a_saved_run_scores_what_its_last_row_says(script, whole, eva
 def test_a_checkpoint_of_any_script_is_evaluated_at_its_own_return(script, wholes, pretrained, evaluate_only, capsys):
     for path in (pretrained(), *map(wholes, SCRIPTS)):
         content, args = load(path), script.parse_args(["--eval-only", str(path)])
-        assert (args.g_online, args.c_online) == (content["g_eval"], content["c_online"])
+        assert (args.g_eval, args.c_online) == (content["g_eval"], content["c_online"])
         capsys.readouterr()
         evaluate_only(path, "--threads", 1, "--eval-episodes", 1)
         assert re.search(r"return_mean -?[\d,.]+", capsys.readouterr().out)
