@@ -34,8 +34,8 @@ def card_of(folder: Path) -> str:
     return (folder / "card.md").read_text(encoding="utf-8")
 
 
-def test_there_are_three():
-    assert len(CHECKPOINTS) == 3
+def test_there_are_four():
+    assert len(CHECKPOINTS) == 4
 
 
 def evaluation(folder: Path, episodes: int) -> dict[str, float]:
