@@ -112,6 +112,7 @@ class Args:
     beta: float = 1e-3  # weight of the KL divergence to the reference policy
     reference_every: int = 4  # the reference policy becomes the current one every so many updates
     lr: float | None = None  # lr_policy, of LAMB: relative movement of a tensor per update
+    anneal_lr: bool = False  # lr falls linearly, to 0 after the last of --iterations
     weight_decay: float = 1e-4  # weight decay, on every tensor as in ODT
     max_grad_norm: float = 0.5  # bound of the global gradient norm
     kappa_initial: float | None = None  # initial value of the entropy dual variable kappa
@@ -686,6 +687,8 @@ def main(args: Args) -> Path:
             log.add({"iteration": 0} | evaluate(model, sims, args, 0, film_to))
         while iteration < args.iterations:
             iteration += 1
+            if args.anneal_lr:
+                learner.optimizer.param_groups[0]["lr"] = args.lr * (1 - (iteration - 1) / args.iterations)
             rng = np.random.default_rng([args.seed, iteration])  # of all that is drawn in this iteration
             clock = [time.perf_counter(), sims.seconds]
             count = args.n_trajectories if replay else args.n_sources  # departure (8)

@@ -364,6 +364,19 @@ def test_rates_given_with_resume_hold_from_there_on(script, split, resume):
     assert after["learner"]["updates"] == 16
 
 
+@GRPO_ALONE
+def test_the_rate_falls_linearly_over_the_iterations_asked_for(split, resume, monkeypatch):
+    rates, step = [], grpo.Lamb.step
+    monkeypatch.setattr(
+        grpo.Lamb, "step", lambda self, *given: rates.append(self.param_groups[0]["lr"]) or step(self, *given)
+    )
+    run_dir = split(4, anneal_lr=True)
+    assert rates == [rate for rate in (0.01, 0.0075, 0.005, 0.0025) for _ in range(8)]
+    rates.clear()
+    resume(run_dir, "--iterations", 5)
+    assert rates == pytest.approx([0.002] * 8)
+
+
 def test_other_flags_given_with_resume_hold_from_there_on(whole, split, resume):
     run_dir = split(1)
     flags = ("--gamma", 1.0, "--n-minibatches", 3, "--g-online", 50, "--g-eval", 60, "--seed", 7)
