@@ -1259,8 +1259,8 @@ def start(args: Args) -> dict:
     if args.resume and base["iteration"] > args.iterations:
         die(f"{path} is at iteration {base['iteration']}: give --iterations {base['iteration']} or more.")
     args.embed_dim = base["sizes"]["embed_dim"]
-    args.g_eval = base["g_eval"] if args.g_eval is None else args.g_eval
     fill_from_table(args, base["dataset_kind"], base["dataset_best_return"])
+    args.g_eval = base["g_eval"] if args.g_eval is None else args.g_eval
     return base
 
 

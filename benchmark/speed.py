@@ -140,7 +140,7 @@ def flops_of(model: grpo.DecisionTransformer, args: grpo.Args) -> float:
 def measure_iteration(task: str, options) -> tuple[str, str]:
     """Rows of the second table, and a line of notes. The first, shorter iteration warms up."""
     kwargs = {"terminate_when_unhealthy": False} if task.startswith(("Hopper", "Walker2d", "Ant-")) else {}
-    args = grpo.Args(env_id=task, embed_dim=options.embed_dim, threads=options.threads, delta_r=0.0)
+    args = grpo.Args(env_id=task, embed_dim=options.embed_dim, threads=options.threads, delta_r=0.0, g_eval=3600.0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.threads)
     args.workers = args.threads if args.threads > 1 else 0

@@ -93,7 +93,7 @@ class Args:
 
     # What the rollout and the run folder of the scripts read: no return-to-go, no context, no bf16
     g_online: tyro.conf.Suppress[float] = 0.0  # not read by the actor
-    g_eval: tyro.conf.Suppress[float] = 0.0  # nor this
+    g_eval: tyro.conf.Suppress[float] = 0.0  # not read by the actor either
     c_online: tyro.conf.Suppress[int] = 1  # a step
     bf16: tyro.conf.Suppress[bool] = False  # fp32
 

@@ -667,6 +667,7 @@ def test_every_line_is_parsed_and_takes_the_papers_row(all_lines, name, monkeypa
             script.fill_from_row(args, 1.0)
         else:
             script.fill_from_table(args, args.dataset_kind or "random", 1.0)
+            args.g_eval = 1.0
         method, task, kind, variant, _ = report.identify(each.name, vars(args))
         assert (task, kind) == report.identify(each.name, {})[1:3]
         differs = report.settings_that_differ(method, task, kind, vars(args))

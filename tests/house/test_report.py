@@ -298,6 +298,7 @@ def test_settings_are_held_against_the_papers_tables():
     assert differs("q_guided_grpo_dt", "Ant", "medium-replay", lr=5e-5) == "lr 5e-05 (1e-05)"
     for args in (dict(g_online=7200.0), dict(g_online=7200.0, g_eval=7200.0)):
         assert differs("ppo_dt", "Hopper", "random", **args) == "evaluated at g_online"
+    assert differs("ppo_dt", "Door", "human", g_online=3000.0, g_eval=3000.0) == ""  # the paper's is pretraining's
     assert report.settings_that_differ("grpo_dt", "Hopper", "random", {}) == "unknown"
     changed = hopper(env_kwargs='{"healthy_reward": 2, "x": 1}', delta_r=None)
     assert differs("grpo_dt", "Hopper", "random", **changed) == 'env_kwargs {"healthy_reward": 2,"x": 1}'

@@ -364,6 +364,14 @@ def test_rates_given_with_resume_hold_from_there_on(script, split, resume):
     assert after["learner"]["updates"] == 16
 
 
+def test_a_checkpoint_whose_arguments_have_no_g_eval_goes_on_at_its_own(script, whole, tmp_path):
+    content = load(whole)
+    del content["args"]["g_eval"]
+    (tmp_path / "run").mkdir()
+    script.save_checkpoint(tmp_path / "run/checkpoint.pt", content | {"g_eval": 9.0})
+    assert script.parse_args(["--resume", str(tmp_path / "run")]).g_eval == 9.0
+
+
 @GRPO_ALONE
 def test_the_rate_falls_linearly_over_the_iterations_asked_for(split, resume, monkeypatch):
     rates, step = [], grpo.Lamb.step
