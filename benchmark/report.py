@@ -86,8 +86,9 @@ Normalised scores: 0 = random, 100 = expert. Of tasks that are not in the paper'
 - **differs in**: settings of a run that are not those of the paper's Tables 5 to 7 and Appendix B.1, ours (paper's),
   ODT's rate of the entropy dual, and the context of its pretraining; unknown: the run folder has no args.json. The
   number of iterations is not in the paper. "Evaluated at g_online": its evaluations begin at the return-to-go of
-  its rollouts, not at half of it or less, as ODT's; the paper does not say from which its own begin. Other tasks are held against Hopper's row, which the scripts take
-  there. Of ODT and ODT+TD3 only the width is compared, of IQL nothing.
+  its rollouts, not at half of it or less, as ODT's; the paper does not say from which its own begin. Other tasks are
+  held against Hopper's row, which the scripts take there. Of ODT and ODT+TD3 only the width is compared, of IQL
+  nothing.
 """
 TABLE_1 = f"""Ours / the paper's.
 \\*: fewer than {SEEDS} seeds, not finished, or settings that differ from the paper's or are unknown."""

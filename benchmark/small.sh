@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What docs/results.md shows: width 128 on processor cores, minutes to two hours a run. Not the paper's settings: networks
+# What docs/results.md shows: width 128 on processor cores, minutes to four hours a run. Not the paper's settings: networks
 # of a quarter of its width, pretrained on single steps, and what such networks learn with (rate, buffer, kappa and so on).
 #
 #   bash benchmark/small.sh --quick                            toy sizes, random data: does all of it run?
