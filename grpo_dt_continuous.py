@@ -706,7 +706,8 @@ def main(args: Args) -> Path:
             if iteration % args.eval_every == 0 or iteration == args.iterations:
                 row |= evaluate(model, sims, args, iteration, film_to)
             env_steps += sum(len(each.rewards) for each in trajectories) + int(steps.real[:, args.c_online - 1 :].sum())
-            log.add(row | {"charts/env_steps": env_steps, "charts/gradient_updates": learner.updates})
+            row |= {"charts/env_steps": env_steps, "charts/gradient_updates": learner.updates}
+            log.add(row | {"charts/learning_rate": learner.optimizer.param_groups[0]["lr"]})
             content = dict(iteration=iteration, env_steps=env_steps, rows=log.rows, weights=model.state_dict())
             content |= dict(learner=learner.state(), replay=[[torch.from_numpy(f) for f in each] for each in replay])
             save_checkpoint(run_dir / "checkpoint.pt", run_facts(base, args) | content)

@@ -380,6 +380,7 @@ def test_the_rate_falls_linearly_over_the_iterations_asked_for(split, resume, mo
     )
     run_dir = split(4, anneal_lr=True)
     assert rates == [rate for rate in (0.01, 0.0075, 0.005, 0.0025) for _ in range(8)]
+    assert [float(row["charts/learning_rate"]) for row in table(run_dir)[1:]] == rates[::8]
     rates.clear()
     resume(run_dir, "--iterations", 5)
     assert rates == pytest.approx([0.002] * 8)
