@@ -21,8 +21,8 @@ figure overview overview \
     grpo_dt__ant-medium__small-steps__* ppo_dt__ant-medium__small__* \
     q_guided_grpo_dt__ant-medium-replay__lr5e-5-tau0.05__1 grpo_dt__ant-medium-replay__small__1
 figure figures/hopper-medium Ho-M-v2 \
-    grpo_dt__hopper-medium__{small-kappa0.01,small-kappa0.01-gamma0.999}__* \
-    grpo_dt__hopper-medium__{small-steps-then-gamma0.999-lr3e-5__1,annealed__2,annealed__3}
+    grpo_dt__hopper-medium__annealed__* \
+    grpo_dt__hopper-medium__{small-steps-then-gamma0.999-lr3e-5__1,fresh-l-eval985-then-delta-r10__2}
 figure figures/hopper-random Ho-R-v2 \
     grpo_dt__hopper-random__{[0-9],small-100-iterations__3,small-lr2e-4-kappa0.01__3} ppo_dt__hopper-random__*
 figure figures/ppo Ho-M-v2 \
