@@ -651,7 +651,17 @@ def test_every_finetuning_line_begins_with_a_line_of_pretraining_of_the_same_env
             assert ("reinformer" in each.name) == (each.program[1:] == ["benchmark/reinformer.py", "finetune"])
 
 
-SMALL = ("--embed-dim", "--lr", "--buffer-size", "--gamma", "--tau", "--kappa-initial", "--kappa-lr", "--delta-r")
+SMALL = (
+    "--embed-dim",
+    "--lr",
+    "--buffer-size",
+    "--gamma",
+    "--l-eval",
+    "--tau",
+    "--kappa-initial",
+    "--kappa-lr",
+    "--delta-r",
+)
 SMALL += ("--n-sources", "--n-batch")
 UNLIKE = dict.fromkeys(report.METHODS, (*SMALL, "--ratio", "--random-points", "--hindsight"))
 UNLIKE["pretrain_dt"] = ("--embed-dim", "--c-offline")  # its rate is not in the paper's tables
