@@ -62,10 +62,11 @@ FIGURES = {
 # Names in the paper's tables -> names in args.json, Table 5, and ODT's rate of the entropy dual.
 SETTINGS = {"lr_policy": "lr", "k_ppo": "n_trajectories"}
 COMMON = dict(embed_dim=512, n_layers=4, n_heads=4, beta=1e-3, weight_decay=1e-4, max_grad_norm=0.5, kappa_lr=1e-4)
-# Appendix B.1, and flags of the ablations, which the method of Table 1 has not. Two of them are values of GRPO-DT's
-# --ratio; runs before it have them as flags of their own.
+# Appendix B.1, flags of ablations, which the method of Table 1 has not, and flags that the paper has not. Two of the
+# ablations are values of GRPO-DT's --ratio; runs before it have them as flags of their own.
 GROUPS = dict(replay_size=32, n_sources=16, n_points=4, group_size=8, buffer_size=2048, n_minibatches=8)
 ABLATIONS = ("hindsight", "full_trajectories", "mixed_groups", "token_ratio", "random_points", "geometric_mean")
+BEYOND = ("one_scale", "anneal_lr")
 RATIOS = {"token": "token_ratio", "geometric": "geometric_mean"}
 
 INTRODUCTION = f"""# Our numbers beside the paper's
@@ -130,7 +131,7 @@ def paper_settings(method: str, task: str, kind: str) -> dict[str, float]:
         values |= dict(lr=1e-5, kappa_initial=1e-2, gamma=0.998 if task == "AntMaze" else 0.99, tau=0.005)
     if method in ("grpo_dt", "q_guided_grpo_dt"):
         values |= GROUPS
-    return COMMON | values | dict.fromkeys(ABLATIONS, False)
+    return COMMON | values | dict.fromkeys((*ABLATIONS, *BEYOND), False)
 
 
 # Runs
@@ -227,7 +228,7 @@ def settings_that_differ(method: str, task: str, kind: str, args: dict) -> str:
         number = isinstance(ours, int | float)
         if ours is not None and not (number and math.isclose(ours, paper)):
             said = f"{ours:g}" if number else f"{ours!r}"
-            parts.append(name if name in ABLATIONS else f"{name} {said} ({paper:g})")
+            parts.append(name if paper is False else f"{name} {said} ({paper:g})")
     halved = method not in ("pretrain_dt", *BASELINES) and task not in ("Door", "Pen", "Hammer")
     if halved and "g_online" in args and args.get("g_eval") in (None, args["g_online"]):
         parts.append("evaluated at g_online")

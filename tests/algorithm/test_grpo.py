@@ -181,6 +181,18 @@ def test_groups_of_equal_rewards_leave_and_so_does_a_member_at_the_mean():
     assert not group_advantages(np.array([5e3, 5e3 + 1e-9] * 2), 4, 0.0)[1].any()  # rounding is no reward
 
 
+def test_one_scale_weighs_a_group_by_its_spread():
+    scores = np.array([1.0, 3.0, 100.0, 114.0, 5.0, 5.0])  # deviations 1, 7 and 0 around 2, 107 and 5
+    advantages, keep = group_advantages(scores, 2, 0.0, one_scale=True)
+    root = math.sqrt((1 + 49 + 0) / 3)
+    np.testing.assert_allclose(advantages, [-1 / root, 1 / root, -7 / root, 7 / root, 0, 0], rtol=1e-7)
+    assert keep.tolist() == group_advantages(scores, 2, 0.0)[1].tolist() == [True] * 4 + [False] * 2
+    assert (advantages**2).mean() == pytest.approx(1.0)
+    assert group_advantages(scores, 2, 2.0, one_scale=True)[1].tolist() == [False, False, True, True, False, False]
+    one = [2.0, 4.0, 9.0]  # of one group alone both are Eq. 2
+    np.testing.assert_allclose(*(group_advantages(np.array(one), 3, 0.0, flag)[0] for flag in (False, True)))
+
+
 def test_the_order_of_groups_and_members_does_not_matter():
     rng = np.random.default_rng(1)
     scores, groups = rng.normal(size=(6, 4)), rng.permutation(6)

@@ -662,7 +662,7 @@ SMALL = (
     "--kappa-lr",
     "--delta-r",
 )
-SMALL += ("--n-sources", "--n-batch")
+SMALL += ("--n-sources", "--n-batch", "--one-scale", "--anneal-lr")
 UNLIKE = dict.fromkeys(report.METHODS, (*SMALL, "--ratio", "--random-points", "--hindsight"))
 UNLIKE["pretrain_dt"] = ("--embed-dim", "--c-offline")  # its rate is not in the paper's tables
 
