@@ -28,6 +28,7 @@ import numpy as np
 
 PAPER = Path(__file__).resolve().parent / "paper"
 LAST = 5  # evaluations whose mean is the score of a run
+STILL = 10  # an iteration of more medians of its run: the machine slept
 SEEDS = 3  # of the paper
 RESAMPLES = 10_000
 
@@ -83,7 +84,8 @@ Normalised scores: 0 = random, 100 = expert. Of tasks that are not in the paper'
   the highest quarter of the scores (rounded down, so with 3 seeds the plain mean); 95 % interval by {RESAMPLES:,}
   bootstrap samples of the seeds of each dataset.
 - **s / iteration**: wall time of an iteration without its evaluation, of DT of an update with it, on whatever
-  machine the run had: the median over iterations and seeds.
+  machine the run had: the median over iterations and seeds. In figures against minutes no iteration counts as more
+  than {STILL} medians of its run: some machines slept.
 - **differs in**: settings of a run that are not those of the paper's Tables 5 to 7 and Appendix B.1, ours (paper's),
   ODT's rate of the entropy dual, and the context of its pretraining; unknown: the run folder has no args.json. The
   number of iterations is not in the paper. "Evaluated at g_online": its evaluations begin at the return-to-go of
@@ -289,12 +291,16 @@ NUMBERS += ("eval/return_mean", "eval/normalized_score")
 
 
 def points_of(rows: list[dict[str, float]], column: str) -> list[Point]:
-    """The evaluations: `column` where a row has it."""
+    """The evaluations: `column` where a row has it. Iterations of more than STILL medians count as so many: the machine
+    slept."""
     points, minutes, before = [], 0.0, 0.0
+    times = [row["time/iteration"] for row in rows if "time/iteration" in row]
+    longest = STILL * statistics.median(times or [math.nan])
     for row in rows:
         iteration = row["iteration"]
         if iteration > before:
-            minutes += row.get("time/iteration", math.nan) * (iteration - before) / 60  # pretraining: s / update
+            seconds = min(row.get("time/iteration", math.nan), longest)
+            minutes += seconds * (iteration - before) / 60  # pretraining: s / update
         before = iteration
         unknown = math.nan if iteration else 0.0
         counts = [row.get(f"charts/{name}", unknown) for name in ("env_steps", "gradient_updates")]
@@ -703,6 +709,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # 
 # Variants of a method in one panel: towards white (> 0) or black (< 0), and the dashes.
 STYLES = [(0.0, "-"), (-0.5, "-"), (0.4, "-"), (0.0, ":"), (-0.5, ":"), (0.4, ":"), (0.0, "-."), (-0.5, "-.")]
 MOST = 8  # groups in a panel
+LONG = 20  # a curve so many times as long as the shortest: logarithmic from the end of the shortest on
 # 8 points at the size of a column; letters as text in a PDF (many venues want it); "$" in a name is no formula.
 STYLE = {"font.size": 8, "axes.titlesize": 9, "lines.linewidth": 1.3, "pdf.fonttype": 42, "text.parse_math": False}
 STYLE |= {"legend.fontsize": 7.5, "legend.handlelength": 1.7, "legend.frameon": False}
@@ -752,6 +759,8 @@ def draw_panel(axes, title: str, curves: list[Curve], axis: str, colours: dict[s
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     used = Counter()  # method -> its curves so far
+    lasts = [mean_curve(curve.runs, axis)[0][-1:] for curve in curves if has(curve.runs, axis)]
+    ends = [end for end in np.concatenate(lasts) if end > 0]
     for curve, label in zip(curves, labels(curves)):
         tint, dashes = STYLES[used[curve.method]]
         colour = np.array(to_rgb(colours[curve.method]))
@@ -770,6 +779,10 @@ def draw_panel(axes, title: str, curves: list[Curve], axis: str, colours: dict[s
     axes.set_ylabel("normalised score" if curves[0].task in TABLE_TASKS else "return")
     if axis != "minutes":  # whole numbers: 20, 500k, 2M
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+    if ends and max(ends) > LONG * min(ends):
+        axes.set_xscale("symlog", linthresh=min(ends))
+        axes.set_xlim(0)
+    if axis != "minutes" or axes.get_xscale() == "symlog":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
 

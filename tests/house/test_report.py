@@ -596,6 +596,23 @@ def test_the_mean_over_seeds_ends_where_the_shortest_seed_ends(tmp_path):
     assert list(x) == pytest.approx([0, 5 / 60, 14 / 60]) and not std.any()  # 1, 4 and 9 seconds
 
 
+def test_an_iteration_in_which_the_machine_slept_counts_as_ten_medians():
+    rows = [{"iteration": 0.0, "score": 1.0}]
+    rows += [{"iteration": i + 1.0, "time/iteration": s, "score": 1.0} for i, s in enumerate([6.0, 6.0, 7200.0, 12.0])]
+    minutes = [point.minutes for point in report.points_of(rows, "score")]
+    assert minutes == pytest.approx([0.0, 0.1, 0.2, 0.2 + 10 * 9 / 60, 0.2 + 10 * 9 / 60 + 0.2])  # the median is 9
+
+
+def test_beside_a_curve_that_is_many_times_as_long_the_shortest_can_be_seen(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    make_run(tmp_path, "ppo_dt__Hopper-medium__1", [0.0, 10.0, 20.0], steps=50)
+    make_run(tmp_path, "grpo_dt__Hopper-medium__1", [0.0, 10.0, 20.0], steps=10_000)
+    iterations, steps, _, updates = drawn(tmp_path, monkeypatch)["Ho-M-v2"]
+    assert steps.get_xscale() == "symlog" and iterations.get_xscale() == updates.get_xscale() == "linear"
+    left, middle, right = steps.transData.transform([(0, 0), (100, 0), (20_000, 0)])[:, 0]
+    assert (middle - left) / (right - left) > 0.15  # the end of the shorter one; on a linear axis 0.005
+
+
 def drawn(folder, monkeypatch):
     """The axes of each picture of the runs in a folder, not written."""
     saved = {}
