@@ -50,10 +50,11 @@ $(each_cell "odt__@cell python benchmark/baselines/odt.py @task --pretrained run
 $(each_cell "odt_td3__@cell python benchmark/baselines/odt.py --td3 @task --pretrained runs/pretrain_dt__@cell__odt-td3__{seed} --iterations 1500")
 $(each_cell "iql__@cell python benchmark/baselines/iql.py @task --pretrained runs/pretrain_dt__@cell__odt__{seed} --iterations 1000")
 # Width 128 on processor cores, from the policies that the other methods of small.sh begin with
-odt__Hopper-random__small python benchmark/baselines/odt.py --env-id Hopper-v5 --small --iterations 100
-odt__Hopper-medium__small python benchmark/baselines/odt.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 100
-odt_td3__Hopper-random__small python benchmark/baselines/odt.py --td3 --env-id Hopper-v5 --small --iterations 100
-odt_td3__Hopper-medium__small python benchmark/baselines/odt.py --td3 --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 100
-iql__Hopper-random__small python benchmark/baselines/iql.py --env-id Hopper-v5 --iterations 300
-iql__Hopper-medium__small python benchmark/baselines/iql.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 300
+odt__Hopper-random__small python benchmark/baselines/odt.py --env-id Hopper-v5 --small --iterations 60 --eval-every 5
+odt__Hopper-medium__small python benchmark/baselines/odt.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 100 --eval-every 5
+odt_td3__Hopper-random__small-alpha0.01 python benchmark/baselines/odt.py --td3 --env-id Hopper-v5 --small --iterations 60 --eval-every 5 --alpha 0.01 --tau 0.05 --critic-norm True --replay-size 100
+odt_td3__Hopper-medium__small python benchmark/baselines/odt.py --td3 --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 60 --eval-every 5
+odt_td3__Hopper-medium__small-alpha0.01 python benchmark/baselines/odt.py --td3 --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 60 --eval-every 5 --alpha 0.01 --tau 0.05 --critic-norm True --replay-size 100
+iql__Hopper-random__small python benchmark/baselines/iql.py --env-id Hopper-v5 --small --iterations 100 --eval-every 5
+iql__Hopper-medium__small python benchmark/baselines/iql.py --env-id Hopper-v5 --small --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 100 --eval-every 5
 LINES

@@ -29,6 +29,9 @@ figure figures/ppo Ho-M-v2 \
     ppo_dt__hopper-medium__{paper,gamma0.995,shipped-small}__*
 figure figures/hindsight Ho-M-v2 \
     ppo_dt__hopper-medium__shipped-small{,-hindsight}__*
+figure figures/baselines Ho-M-v2 \
+    odt__hopper-medium__small__* odt_td3__hopper-medium__small-alpha0.01__* iql__hopper-medium__small__* \
+    ppo_dt__hopper-medium__shipped-small__* q_guided_grpo_dt__hopper-medium__small__* grpo_dt__hopper-medium__one-scale-l-eval985__1
 figure figures/medium-replay overview_steps \
     q_guided_grpo_dt__*-replay__{lr5e-5-tau0.05__1,small-gamma0.995__1} \
     grpo_dt__*-replay__small__1 ppo_dt__*-replay__small__1

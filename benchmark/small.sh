@@ -25,6 +25,7 @@ grpo_dt__Hopper-random__small-random-points python grpo_dt_continuous.py --env-i
 grpo_dt__Hopper-random__small-lr2e-4-kappa0.01 python grpo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 250 --lr 2e-4 --buffer-size 512 --kappa-initial 0.01 --eval-every 3
 grpo_dt__Ant-random__small    python grpo_dt_continuous.py --env-id Ant-v4 --embed-dim 128 --iterations 50 --eval-every 3
 ppo_dt__Hopper-random__small  python ppo_dt_continuous.py --env-id Hopper-v5 --embed-dim 128 --iterations 140
+q_guided_grpo_dt__Hopper-random__small python q_guided_grpo_dt.py --env-id Hopper-v5 --small --iterations 120 --eval-every 5
 # From medium data
 grpo_dt__Hopper-medium__small            python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 48 --lr 5e-4 --buffer-size 512 --eval-every 3
 grpo_dt__Hopper-medium__small-kappa0.01            python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 220 --lr 5e-4 --buffer-size 512 --kappa-initial 0.01 --eval-every 3
@@ -42,6 +43,7 @@ ppo_dt__Ant-medium__small                python ppo_dt_continuous.py --env-id An
 ppo_dt__Hopper-medium__shipped-gamma0.995 python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained benchmark/checkpoints/hopper-medium --iterations 40 --gamma 0.995 --eval-every 5
 ppo_dt__Hopper-medium__shipped-small      python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained benchmark/checkpoints/hopper-medium --small --iterations 40 --eval-every 5
 ppo_dt__Hopper-medium__shipped-small-hindsight python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained benchmark/checkpoints/hopper-medium --small --iterations 40 --eval-every 5 --hindsight
+q_guided_grpo_dt__Hopper-medium__small   python q_guided_grpo_dt.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --small --iterations 150 --eval-every 5
 # From medium-replay data
 grpo_dt__Hopper-medium-replay__small     python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --iterations 100 --lr 5e-4 --buffer-size 512 --eval-every 3
 grpo_dt__Hopper-medium-replay__small-kappa0.01 python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --iterations 100 --lr 5e-4 --buffer-size 512 --kappa-initial 0.01 --eval-every 3
