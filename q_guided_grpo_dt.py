@@ -116,7 +116,7 @@ class Args:
 
     # Advantage and update
     delta_r: float | None = None  # Delta_r: members this close to the group's mean leave [discounted reward]
-    one_scale: bool = False  # all advantages in units of one standard deviation, not each group in its own
+    one_scale: bool = False  # not the paper's: all advantages in units of one standard deviation
     buffer_size: int = 2048  # sub-trajectories kept, first in, first out
     n_batch: int | None = None  # sub-trajectories per minibatch
     n_minibatches: int = 8  # gradient updates per iteration
@@ -600,7 +600,7 @@ def group_advantages(
     mean = groups.mean(1, keepdims=True)
     std = groups.std(1, keepdims=True)
     keep = (np.abs(groups - mean) > delta_r) & (std > 1e-8 + 1e-6 * np.abs(mean))  # more than rounding
-    if one_scale:
+    if one_scale:  # not in the paper
         std = np.sqrt((std**2).mean())
     advantages = (groups - mean) / (std + 1e-8)  # Eq. 2
     return advantages.ravel(), keep.ravel()
