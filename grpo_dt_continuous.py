@@ -508,23 +508,27 @@ def hindsight_returns(steps: Steps, members: list[tuple], limit: int, args: Args
 # ---- 5. Advantage, loss, update -------------------------------------------------------------------------------------
 
 
-def group_advantages(
-    scores: np.ndarray, group_size: int, delta_r: float, one_scale: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def group_advantages(scores: np.ndarray, group_size: int, delta_r: float) -> tuple[np.ndarray, np.ndarray]:
     """Eq. 2 and the filter of Appendix B.1: advantages (N,) and which members stay (N,).
 
-    The score relative to its group, in units of the group's standard deviation (population); with one_scale in units
-    of the root mean square of these over all groups. Members within delta_r of the group's mean leave, and so do groups
-    without spread. The statistics are those of the whole group.
+    The score relative to its group, in units of the group's standard deviation (population). Members within delta_r
+    of the group's mean leave, and so do groups without spread. The statistics are those of the whole group.
     """
     groups = scores.reshape(-1, group_size)  # (P, G)
     mean = groups.mean(1, keepdims=True)
     std = groups.std(1, keepdims=True)
     keep = (np.abs(groups - mean) > delta_r) & (std > 1e-8 + 1e-6 * np.abs(mean))  # more than rounding
-    if one_scale:  # not in the paper
-        std = np.sqrt((std**2).mean())
     advantages = (groups - mean) / (std + 1e-8)  # Eq. 2
     return advantages.ravel(), keep.ravel()
+
+
+def on_one_scale(advantages: np.ndarray, scores: np.ndarray, group_size: int) -> np.ndarray:
+    """Advantages (N,) of --one-scale, which is not in the paper: a group counts by how much its members differ.
+
+    The score relative to its group, in units of the root mean square of all groups' standard deviations.
+    """
+    std = scores.reshape(-1, group_size).std(1).repeat(group_size)  # (N,) what Eq. 2 divided by
+    return advantages * std / (np.sqrt((std**2).mean()) + 1e-8)
 
 
 class SubTrajectories(NamedTuple):
@@ -703,7 +707,9 @@ def main(args: Args) -> Path:
             members = choose_points(model, replay, args, rng)  # lines 3-5
             steps, scores = rollout_groups(model, sims, members, args, rng)  # line 6
             clock += [time.perf_counter(), sims.seconds]
-            advantages, keep = group_advantages(scores, args.group_size, args.delta_r, args.one_scale)  # line 7
+            advantages, keep = group_advantages(scores, args.group_size, args.delta_r)  # line 7
+            if args.one_scale:
+                advantages = on_one_scale(advantages, scores, args.group_size)
             reached = hindsight_returns(steps, members, sims.limit, args) if args.hindsight else None
             if keep.any():
                 learner.remember(steps, advantages, keep, reached)  # line 8

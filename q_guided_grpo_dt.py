@@ -116,7 +116,6 @@ class Args:
 
     # Advantage and update
     delta_r: float | None = None  # Delta_r: members this close to the group's mean leave [discounted reward]
-    one_scale: bool = False  # not the paper's: all advantages in units of one standard deviation
     buffer_size: int = 2048  # sub-trajectories kept, first in, first out
     n_batch: int | None = None  # sub-trajectories per minibatch
     n_minibatches: int = 8  # gradient updates per iteration
@@ -587,21 +586,16 @@ def draw_candidates(policy, critic: TwinCritic, states: list[tuple], args: Args,
 # ---- 5. Advantage, loss, update -------------------------------------------------------------------------------------
 
 
-def group_advantages(
-    scores: np.ndarray, group_size: int, delta_r: float, one_scale: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def group_advantages(scores: np.ndarray, group_size: int, delta_r: float) -> tuple[np.ndarray, np.ndarray]:
     """Eq. 2 and the filter of Appendix B.1: advantages (N,) and which members stay (N,).
 
-    The score relative to its group, in units of the group's standard deviation (population); with one_scale in units
-    of the root mean square of these over all groups. Members within delta_r of the group's mean leave, and so do groups
-    without spread. The statistics are those of the whole group.
+    The score relative to its group, in units of the group's standard deviation (population). Members within delta_r
+    of the group's mean leave, and so do groups without spread. The statistics are those of the whole group.
     """
     groups = scores.reshape(-1, group_size)  # (P, G)
     mean = groups.mean(1, keepdims=True)
     std = groups.std(1, keepdims=True)
     keep = (np.abs(groups - mean) > delta_r) & (std > 1e-8 + 1e-6 * np.abs(mean))  # more than rounding
-    if one_scale:  # not in the paper
-        std = np.sqrt((std**2).mean())
     advantages = (groups - mean) / (std + 1e-8)  # Eq. 2
     return advantages.ravel(), keep.ravel()
 
@@ -834,7 +828,7 @@ def main(args: Args) -> Path:
             row = {"iteration": iteration} | learner.train_critic(rng, args.critic_updates)  # Section 3.3.1
             states = choose_states(model, replay, args, rng)  # lines 3-5
             drawn, scores = draw_candidates(model, learner.critic, states, args, rng)  # in place of line 6
-            advantages, keep = group_advantages(scores, args.group_size, args.delta_r, args.one_scale)  # line 7
+            advantages, keep = group_advantages(scores, args.group_size, args.delta_r)  # line 7
             if keep.any():
                 learner.remember(drawn, advantages, keep)  # line 8
             row |= learner.update(rng) if learner.buffer else {}  # line 9

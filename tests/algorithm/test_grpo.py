@@ -36,6 +36,7 @@ from grpo_dt_continuous import (
     importance_ratio,
     log_prob,
     make_env,
+    on_one_scale,
     rollout,
     rollout_groups,
     windows,
@@ -183,14 +184,15 @@ def test_groups_of_equal_rewards_leave_and_so_does_a_member_at_the_mean():
 
 def test_one_scale_weighs_a_group_by_its_spread():
     scores = np.array([1.0, 3.0, 100.0, 114.0, 5.0, 5.0])  # deviations 1, 7 and 0 around 2, 107 and 5
-    advantages, keep = group_advantages(scores, 2, 0.0, one_scale=True)
+    advantages = on_one_scale(group_advantages(scores, 2, 0.0)[0], scores, 2)
     root = math.sqrt((1 + 49 + 0) / 3)
     np.testing.assert_allclose(advantages, [-1 / root, 1 / root, -7 / root, 7 / root, 0, 0], rtol=1e-7)
-    assert keep.tolist() == group_advantages(scores, 2, 0.0)[1].tolist() == [True] * 4 + [False] * 2
     assert (advantages**2).mean() == pytest.approx(1.0)
-    assert group_advantages(scores, 2, 2.0, one_scale=True)[1].tolist() == [False, False, True, True, False, False]
-    one = [2.0, 4.0, 9.0]  # of one group alone both are Eq. 2
-    np.testing.assert_allclose(*(group_advantages(np.array(one), 3, 0.0, flag)[0] for flag in (False, True)))
+    one = np.array([2.0, 4.0, 9.0])  # with a single group it is Eq. 2
+    eq2 = group_advantages(one, 3, 0.0)[0]
+    np.testing.assert_allclose(on_one_scale(eq2, one, 3), eq2, rtol=1e-7)
+    same = np.full(4, 5.0)
+    assert on_one_scale(group_advantages(same, 2, 0.0)[0], same, 2).tolist() == [0.0] * 4
 
 
 def test_the_order_of_groups_and_members_does_not_matter():

@@ -590,7 +590,7 @@ def add_candidates(learner, replay, seed=1, scores=None):
     states = choose_states(learner.model, replay, args, rng)
     drawn, found = draw_candidates(learner.model, learner.critic, states, args, rng)
     found = found if scores is None else np.array(scores)
-    advantages, keep = group_advantages(found, args.group_size, args.delta_r, args.one_scale)
+    advantages, keep = group_advantages(found, args.group_size, args.delta_r)
     if keep.any():
         learner.remember(drawn, advantages, keep)
     return q_guided.candidate_metrics(found, keep, args)
@@ -610,13 +610,6 @@ def test_members_within_delta_r_leave():
     learner, replay = filled_learner(n_sources=1, n_points=1, delta_r=1.0)
     add_candidates(learner, replay, scores=[0.0, 2.0, 2.5, 3.5])
     np.testing.assert_allclose(learner.buffer.advantage, np.array([-2.0, 1.5]) / math.sqrt(6.5 / 4), rtol=1e-5)
-
-
-def test_one_scale_weighs_a_group_by_its_spread():
-    learner, replay = filled_learner(n_sources=2, n_points=1, one_scale=True)
-    add_candidates(learner, replay, scores=[1.0, 3.0, 1.0, 3.0, 100.0, 114.0, 114.0, 100.0])
-    hand = np.array([-1, 1, -1, 1, -7, 7, 7, -7]) / 5  # root of the mean of 1 and 49
-    np.testing.assert_allclose(learner.buffer.advantage, hand, rtol=1e-5)
 
 
 def test_scores_that_differ_by_rounding_alone_are_no_group_with_spread():
