@@ -7,7 +7,7 @@
 
 Differences from the reference code, CORL's IQL (docs/baselines.md explains each under the same number):
   (1) the updates of an iteration follow its rollouts; there, one follows each step
-  (2) offline as many updates as the transformers get, not a million
+  (2) offline as many updates as the transformers get, not a million, so the annealed rate swings sooner
   (3) in AntMaze an episode's rewards are 0 and 1 before 1 is subtracted from each, and a success ends it
   (4) the last transition of an offline trajectory that a time limit ended is left out: its next state is not kept
   (5) nothing leaves the data
@@ -229,14 +229,16 @@ class IQLLearner:
     def losses(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict]:
         """Of V, Q and the actor on the transitions at the slots `index` (B,); and the values to log."""
         args, data = self.args, self.data
-        s, following = (self.actor.normalized(data.observations[i]) for i in (index, index + 1))
-        actions = data.actions[index]
+        s = self.actor.normalized(data.observations[index])  # (B, S)
+        following = self.actor.normalized(data.observations[index + 1])  # (B, S)
+        actions = data.actions[index]  # (B, A)
         with torch.no_grad():
             reward = data.rewards[index] - args.step_cost
             next_v = self.v(following).squeeze(-1)  # after a time limit s' counts like any other
             target = reward + args.gamma * ~data.terminated[index] * next_v  # (B,)
-            q_of_data = self.target_q(s, actions).min(0).values
-        advantage = q_of_data - self.v(s).squeeze(-1)
+            q_of_data = self.target_q(s, actions).min(0).values  # (B,)
+        v = self.v(s).squeeze(-1)  # (B,)
+        advantage = q_of_data - v
         v_loss = expectile_loss(advantage, args.expectile).mean()
         q = self.q(s, actions)  # (2, B)
         q_loss = ((q - target) ** 2).mean()
@@ -244,7 +246,7 @@ class IQLLearner:
         nll = -self.actor.law(data.observations[index]).log_prob(actions).sum(-1)
         actor_loss = (weight * nll).mean()
         values = {"v_loss": v_loss, "critic_loss": q_loss, "actor_loss": actor_loss, "nll": nll.mean()}
-        values |= {"q_mean": q.mean(), "v_mean": (q_of_data - advantage).mean(), "weight_mean": weight.mean()}
+        values |= {"q_mean": q.mean(), "v_mean": v.mean(), "weight_mean": weight.mean()}
         return v_loss, q_loss, actor_loss, values
 
     def train(self, updates: int, rng: np.random.Generator) -> dict[str, float]:
@@ -254,7 +256,8 @@ class IQLLearner:
         usable = self.data.usable.nonzero()[:, 0]
         self.actor.train()
         for update in range(1, updates + 1):
-            index = usable[torch.from_numpy(rng.integers(len(usable), size=args.batch_size)).to(self.device)]
+            choice = torch.from_numpy(rng.integers(len(usable), size=args.batch_size))
+            index = usable[choice.to(self.device)]  # (B,) slots
             *losses, values = self.losses(index)  # all of the networks as they are before this update
             if args.offline_updates:  # CORL's annealing, which swings up again online
                 cosine = math.cos(math.pi * self.updates / args.offline_updates)

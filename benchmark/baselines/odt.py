@@ -188,13 +188,13 @@ class ReluBlock(q_guided.Block):
     def forward(self, x, mask, read=slice(None)) -> torch.Tensor:
         dropout = self.dropout if self.training else 0.0
         h = self.norm1(x)
-        q = self.query(h[:, read].contiguous())
-        k, v = self.key_value(h).chunk(2, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q = self.query(h[:, read].contiguous())  # (B, L', E)
+        k, v = self.key_value(h).chunk(2, dim=-1)  # (B, L, E) each
+        q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, E / heads)
         h = q_guided.attention(q, k, v, mask[:, :, read], dropout)
-        h = self.project(h.transpose(1, 2).flatten(2))
+        h = self.project(h.transpose(1, 2).flatten(2))  # (B, L', E)
         x = x[:, read] + F.dropout(h, dropout)
-        h = self.down(F.relu(self.up(self.norm2(x))))
+        h = self.down(F.relu(self.up(self.norm2(x))))  # all else is the scripts'
         return x + F.dropout(h, dropout)
 
 
@@ -307,12 +307,14 @@ class Batch(NamedTuple):
 
 def with_next(replay: pretrain.Dataset, episodes: list[Episode]) -> pretrain.Dataset:
     """The replay with the columns (s, s', r, terminated, usable) for its observations, so that they are drawn with the
-    windows."""
-    following = np.concatenate([[*episode.observations[1:], episode.last_observation] for episode in episodes])
+    windows: (N, 2 S + 3)."""
+    following = [np.vstack([episode.observations[1:], episode.last_observation]) for episode in episodes]
+    following = np.concatenate(following)  # (N, S)
     terminated = np.zeros((len(following), 1), bool)
     terminated[np.cumsum(replay.lengths) - 1, 0] = replay.terminated
-    usable = terminated | np.isfinite(following).all(1, keepdims=True)
-    columns = [replay.observations, np.nan_to_num(following), replay.rewards[:, None], terminated, usable]
+    usable = terminated | np.isfinite(following).all(1, keepdims=True)  # (N, 1)
+    rewards = replay.rewards[:, None]
+    columns = [replay.observations, np.nan_to_num(following), rewards, terminated, usable]
     return replay._replace(observations=np.concatenate(columns, axis=1, dtype=np.float32))
 
 
@@ -320,12 +322,14 @@ def draw_batch(replay: pretrain.Dataset, args: Args, rng: np.random.Generator, d
     """Windows of a replay of with_next."""
     drawn = pretrain.draw_windows(replay, args.c_offline, args.batch_size, rng)
     columns, returns, actions, real = (field.to(device) for field in drawn)
-    size = (columns.shape[-1] - 3) // 2
-    s, following, rewards, terminated, usable = columns.split([size, size, 1, 1, 1], dim=-1)
-    rewards = rewards[..., 0]
-    shifted = torch.cat([actions[:, 1:], torch.zeros_like(actions[:, :1])], dim=1)  # the last one is not read
-    later = Windows(following, returns - rewards, shifted, real)
-    return Batch(Windows(s, returns, actions, real), later, rewards, terminated[..., 0] > 0, usable[..., 0] > 0)
+    size = (columns.shape[-1] - 3) // 2  # S, of columns (B, K, 2 S + 3)
+    s, following = columns[..., :size], columns[..., size : 2 * size]  # (B, K, S) each
+    rewards, terminated, usable = columns[..., 2 * size :].unbind(-1)  # (B, K) each
+    following_actions = torch.zeros_like(actions)  # the last one is not read
+    following_actions[:, :-1] = actions[:, 1:]
+    now = Windows(s, returns, actions, real)
+    later = Windows(following, returns - rewards, following_actions, real)
+    return Batch(now, later, rewards, terminated > 0, usable > 0)
 
 
 @torch.no_grad()
@@ -368,8 +372,10 @@ class ActorLearner(pretrain.Learner):
     def update(self, data: pretrain.Dataset, rng: np.random.Generator) -> None:
         """A gradient step of pretraining."""
         drawn = pretrain.draw_windows(data, self.args.c_offline, self.args.batch_size, rng)
+        windows = Windows(*(field.to(self.model.obs_mean.device) for field in drawn))
         torch.manual_seed(int(rng.integers(2**31)))  # of dropout
-        self.step(*actor_loss(self.model, Windows(*(field.to(self.log_kappa.device) for field in drawn))))
+        loss, values = actor_loss(self.model, windows)
+        self.step(loss, values)
 
     def step(self, loss: torch.Tensor, values: dict) -> None:
         """LAMB's, at the rate that the warm-up leaves."""
@@ -397,7 +403,7 @@ class TD3Learner(ActorLearner):
     def update_critic(self, replay: pretrain.Dataset, rng: np.random.Generator) -> tuple[Batch, dict]:
         """A gradient step of the critic; its batch, and the values to log."""
         torch.manual_seed(int(rng.integers(2**31)))  # of target noise and dropout
-        batch = draw_batch(replay, self.args, rng, self.log_kappa.device)
+        batch = draw_batch(replay, self.args, rng, self.model.obs_mean.device)
         loss, values = critic_loss(self.critic, self.target_policy, self.target_critic, batch, self.args)
         self.critic_optimizer.zero_grad()
         loss.backward()

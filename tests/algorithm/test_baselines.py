@@ -105,7 +105,7 @@ def test_windows_of_the_replay_are_relabelled_in_hindsight_against_a_loop():
 
 
 def test_the_replay_begins_with_the_best_and_the_oldest_leave_first():
-    given = [episode(2, 5.0), episode(3, -4.0), episode(1, 2.0), episode(4, 0.0)]  # returns 11, -9, 2, 6
+    given = [episode(2, 5.0), episode(3, -4.0, False), episode(1, 2.0), episode(4, 0.0)]  # returns 11, -9, 2, 6
     offline = odt.offline_episodes(arrays(given))
     assert [each.rewards.sum() for each in offline] == [-9.0, 2.0, 6.0, 11.0]
     for i, each in zip([1, 2, 3, 0], offline):
@@ -122,13 +122,14 @@ def test_the_replay_begins_with_the_best_and_the_oldest_leave_first():
     assert first_rewards(rolled) == [-50.0, 30.0, 40.0]
 
 
-def test_what_was_asked_for_in_a_rollout_is_forgotten():
+@pytest.mark.parametrize("terminated", [True, False])
+def test_what_was_asked_for_in_a_rollout_is_forgotten(terminated):
     context = 3
     fields = [np.arange(15.0).reshape(5, 3), np.full(5, 7200.0), np.zeros((5, 2)), np.array([0, 0, 1, 1, 1], bool)]
-    ends = np.array(True), np.array([9.0, 9.0, 9.0])
+    ends = np.array(terminated), np.array([9.0, 9.0, 9.0])
     trajectory = q_guided.Trajectory(*fields, np.zeros((3, 2)), np.array([1.0, 2.0, 4.0]), np.zeros((0, 0)), *ends)
     rolled = odt.rolled_out(trajectory, context)
-    assert np.array_equal(rolled.observations, fields[0][2:]) and rolled.terminated
+    assert np.array_equal(rolled.observations, fields[0][2:]) and rolled.terminated == terminated
     assert rolled.last_observation.tolist() == [9.0, 9.0, 9.0]
     replay = odt.replay_of([], [rolled], 5)
     assert replay.returns.tolist() == [7.0, 6.0, 4.0]
@@ -355,6 +356,36 @@ def test_an_update_moves_critic_actor_and_targets_at_their_paces():
     assert all(p.grad is None for p in heads) and not torch.equal(new_actor, actor)
 
 
+def test_the_critic_learns_against_its_target_and_the_actor_from_the_critic(monkeypatch):
+    _, replay = replay_with_all_ends()
+    learner = odt.TD3Learner(draw_model(), td3_args(alpha=0.3))
+    calls = {"critic_loss": [], "actor_loss": [], "polyak": []}
+    for name, seen in calls.items():
+        function = getattr(odt, name)
+        monkeypatch.setattr(odt, name, lambda *given, f=function, seen=seen: (seen.append(given), f(*given))[1])
+
+    def same(given, expected):
+        return len(given) == len(expected) and all(one is other for one, other in zip(given, expected))
+
+    learner.warm_up(replay)
+    networks = learner.critic, learner.target_policy, learner.target_critic
+    assert len(calls["critic_loss"]) == 6 and all(same(given[:3], networks) for given in calls["critic_loss"])
+    moving = learner.target_critic, learner.critic, learner.args.tau
+    assert len(calls["polyak"]) == 3 and all(same(given, moving) for given in calls["polyak"])
+    assert not calls["actor_loss"]  # it stands still
+    for seen in calls.values():
+        seen.clear()
+    learner.update(replay, np.random.default_rng(3))
+    assert len(calls["critic_loss"]) == 2 and all(same(given[:3], networks) for given in calls["critic_loss"])
+    ((model, windows, critic, alpha),) = calls["actor_loss"]
+    assert model is learner.model and critic is learner.critic and alpha == 0.3
+    assert windows is calls["critic_loss"][-1][3].now
+    assert same(calls["polyak"][0], moving)
+    assert same(calls["polyak"][1], (learner.target_policy, learner.model, learner.args.tau))
+    assert type(learner.critic_optimizer) is torch.optim.AdamW
+    assert learner.critic_optimizer.param_groups[0]["weight_decay"] == 0.01
+
+
 def test_exploration_is_noise_on_the_action():
     model = draw_model()
     window = torch.randn(4000, 1, 3), torch.randn(4000, 1), torch.zeros(4000, 1, 2), torch.ones(4000, 1).bool()
@@ -480,9 +511,37 @@ def test_iql_never_draws_a_slot_whose_next_state_is_not_known():
     learner, seen = iql_learner(), []
     assert len(learner.data.usable) == 9  # two slots for the states after the last steps
     losses = learner.losses
-    learner.losses = lambda index: (seen.append(index), losses(index))[1]
+
+    def spy(index):
+        assert learner.actor.training  # dropout in updates
+        seen.append(index)
+        return losses(index)
+
+    learner.losses = spy
+    learner.actor.eval()  # as rollouts leave it
     learner.train(20, np.random.default_rng(0))
+    assert not learner.actor.training
     assert sorted(torch.cat(seen).unique().tolist()) == learner.data.usable.nonzero()[:, 0].tolist()
+
+
+def test_iql_explores_with_sampled_actions_until_there_are_enough_steps(monkeypatch):
+    actor, lengths = iql.Actor(3, 2, 8), iter([4, 3, 2])
+
+    def collect(policy, sims, n, args, rng):
+        assert type(policy) is iql.Explorer and policy.actor is actor
+        return [episode(next(lengths))]
+
+    monkeypatch.setattr(q_guided, "collect", collect)
+    found = iql.roll_out(actor, None, iql.Args(min_steps=8), np.random.default_rng(0))
+    assert [len(each.rewards) for each in found] == [4, 3, 2]
+
+
+def test_a_new_actor_of_iql_has_the_datas_statistics_and_the_rows_dropout():
+    base = dict(weights=dict(obs_mean=torch.tensor([1.0, 2.0, 3.0]), obs_std=torch.tensor([4.0, 5.0, 6.0])))
+    sizes = dict(obs_dim=3, act_dim=2, hidden_dim=8)
+    actor = iql.new_actor(sizes, iql.Args(dropout=0.1), base, torch.device("cpu"))
+    assert [layer.p for layer in actor.network if isinstance(layer, torch.nn.Dropout)] == [0.1, 0.1]
+    assert torch.equal(actor.normalized(torch.tensor([5.0, 7.0, 9.0])), torch.ones(3))
 
 
 def test_the_actor_acts_by_its_mean_in_evaluations_and_samples_in_rollouts():

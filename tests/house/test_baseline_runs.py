@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -191,8 +192,9 @@ def test_odt_begins_with_the_policy_and_the_moments_of_pretraining(pretrained, w
     moved = {key for key, value in before["weights"].items() if not torch.equal(value, after["weights"][key])}
     assert moved == set(before["weights"]) - {"obs_mean", "obs_std", "return_scale"}
     assert after["learner"]["updates"] == 4 + 3 * 3  # so the warm-up of 8 updates goes on
-    rates = [float(row["charts/learning_rate"]) for row in table(whole("odt"))[1:]]
-    assert rates == pytest.approx([1e-2 * 7 / 8, 1e-2, 1e-2])
+    for name in ("odt", "odt_td3"):
+        rates = [float(row["charts/learning_rate"]) for row in table(whole(name))[1:]]
+        assert rates == pytest.approx([1e-2 * 7 / 8, 1e-2, 1e-2])
     assert after["learner"]["optimizer"]["param_groups"][0]["step"] == 13
     assert [row["charts/gradient_updates"] for row in table(whole("odt"))[1:]] == ["3", "6", "9"]
     assert len(after["rolled"]) == 3 and after["args"]["g_online"] == 7200.0
@@ -213,7 +215,14 @@ def test_td3_begins_with_an_actor_of_its_own_pretraining_whose_loss_is_kept(pend
     again = parsed("odt", ["pretrain", "--env-id", "Pendulum-v1", "--resume", str(pendulum)])
     assert again.td3 and again.max_grad_norm == 0.25
     words = f"--env-id Pendulum-v1 --pretrained {pendulum} --iterations 1 --run-dir {tmp_path / 'run'} TOY"
-    run("odt_td3", words)
+    odt, warmed_on, played = SCRIPTS["odt"], [], []
+    warm_up, roll_out = odt.TD3Learner.warm_up, odt.roll_out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(odt.TD3Learner, "warm_up", lambda *given: (warmed_on.append(given[1]), warm_up(*given)))
+        patch.setattr(odt, "roll_out", lambda *given: (played.append(given[0]), roll_out(*given))[1])
+        run("odt_td3", words)
+    assert sorted(warmed_on[0].lengths) == sorted(np.load(pendulum / "data.npz")["lengths"])  # all of the data
+    assert [(type(each), each.noise) for each in played] == [(odt.Explorer, 0.1)]
     after = checkpoint(tmp_path / "run")
     assert after["learner"]["updates"] == 7
     critic, target = (after["learner"][part] for part in ("critic", "target_critic"))
@@ -234,6 +243,7 @@ def test_iql_trains_offline_first_and_then_once_for_every_step(pretrained, tmp_p
     assert float(row["charts/gradient_updates"]) == round(0.5 * float(row["rollout/length"]))
     content = checkpoint(tmp_path / "run")
     assert content["learner"]["updates"] == 4 + int(row["charts/gradient_updates"])
+    assert content["learner"]["online"][-1].sum() == float(row["charts/env_steps"])  # all that it rolled out
     assert first["eval/return_mean"] != "" and first["rollout/return"] == ""
     start = checkpoint(pretrained["dt"])["weights"]
     assert all(torch.equal(content["weights"][name], start[name]) for name in ("obs_mean", "obs_std"))
@@ -265,7 +275,7 @@ def test_the_replay_of_a_run_holds_the_best_of_the_dataset_and_then_what_was_rol
 
     class Spy(learner):
         def update(self, data, rng):
-            assert self.model.training  # dropout in updates
+            assert self.model.training and self.model.dropout == 0.1  # in updates
             seen.append(data)
             super().update(data, rng)
 
