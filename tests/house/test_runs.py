@@ -364,6 +364,20 @@ def test_rates_given_with_resume_hold_from_there_on(script, split, resume):
     assert after["learner"]["updates"] == 16
 
 
+@PPO_ALONE
+def test_the_rate_of_the_value_network_given_with_resume_holds(split, resume):
+    run_dir = split(1)
+    resume(run_dir, "--iterations", 2, "--lr-value", 3e-5)
+    assert load(run_dir)["learner"]["value_optimizer"]["param_groups"][0]["lr"] == 3e-5
+
+
+def test_outside_the_table_a_run_asks_for_twice_the_best_of_the_data(script, pretrained):
+    """The checkpoint's best return is 30, its g_eval 20."""
+    args = toy_args(script, env_id="HalfCheetah-v5", pretrained=pretrained("HalfCheetah-v5"), g_online=None)
+    script.start(args)
+    assert (args.g_online, args.g_eval) == (60.0, 20.0)
+
+
 def test_a_checkpoint_whose_arguments_have_no_g_eval_goes_on_at_its_own(script, whole, tmp_path):
     content = load(whole)
     del content["args"]["g_eval"]
@@ -485,6 +499,7 @@ def test_without_a_checkpoint_one_is_made_on_random_data_once_and_kept(script, p
     assert (made.env_id, made.dataset, made.seed, made.threads) == ("Hopper-v5", "random", 7, 2)
     assert (made.embed_dim, made.n_layers, made.n_heads, made.cuda) == (16, 4, 4, False)
     assert made.c_offline == made.c_online == 1 and made.bf16
+    assert (made.updates, made.batch_size, made.lr, made.dataset_steps) == (900, 64, 1e-3, 30_000)
     assert script.pretrained_on_random(args) == path and len(pretraining) == 1
     assert [each.name for each in path.parent.iterdir() if each.is_dir()] == [path.name]
     script.pretrained_on_random(toy_args(script, seed=8, bf16=False, cuda=True))
@@ -505,6 +520,7 @@ def test_other_seeds_sizes_and_contexts_have_checkpoints_of_their_own(script, pr
     paths = {script.pretrained_on_random(toy_args(script, **each)) for each in changes}
     assert len(paths) == len(pretraining) == len(changes)
     assert [made.c_online for made in pretraining] == [1, 1, 1, 5, 1, 5, 1, 5]
+    assert [made.batch_size for made in pretraining] == [64, 64, 64, 9, 64, 9, 64, 9]  # about as many tokens
 
 
 @pytest.mark.slow

@@ -20,6 +20,25 @@ PRESETS = {
     "q_guided_grpo_dt": dict(embed_dim=128, gamma=0.995, lr=5e-5, tau=0.05),
 }
 
+# What the paper, or ODT where it is silent, says once for all tasks.
+LAMB = dict(weight_decay=1e-4, max_grad_norm=0.5, kappa_lr=1e-4)
+UPDATE = LAMB | dict(n_minibatches=8, beta=1e-3, reference_every=4, eval_episodes=10)
+GROUPS = dict(replay_size=32, n_sources=16, n_points=4, group_size=8, buffer_size=2048)
+CRITIC = dict(critic_warmup=10_000, critic_updates=300, critic_batch=256, tau=0.005)
+CRITIC |= dict(target_noise=0.2, target_noise_clip=0.5)
+CONSTANTS = {
+    "pretrain_dt": LAMB | dict(batch_size=256, dropout=0.1, kappa_initial=0.1, dataset_steps=100_000, n_layers=4),
+    "grpo_dt_continuous": UPDATE | GROUPS | dict(eval_every=1),
+    "ppo_dt_continuous": UPDATE | dict(replay_iterations=4, value_warmup=200, eval_every=10),
+    "q_guided_grpo_dt": UPDATE | GROUPS | CRITIC | dict(eval_every=10),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_settings_that_are_the_same_in_all_tasks(name):
+    args = vars(importlib.import_module(name).Args())
+    assert {key: args[key] for key in CONSTANTS[name]} == CONSTANTS[name] and args["embed_dim"] == 512
+
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_preset_gives_way_to_flags_wherever_they_stand(name, capsys):
