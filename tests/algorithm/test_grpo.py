@@ -31,6 +31,7 @@ from grpo_dt_continuous import (
     evaluate,
     fill_from_table,
     group_advantages,
+    group_metrics,
     grpo_loss,
     hindsight_returns,
     importance_ratio,
@@ -336,6 +337,28 @@ def test_loss_equals_equation_3_written_out(ratio, context):
     for name, value in logged.items():
         assert values[name].item() == pytest.approx(np.mean(value), rel=1e-3), name
     assert values["ratio_max"].item() == pytest.approx(max(ratios), rel=1e-3)
+
+
+@RATIOS
+def test_the_gradient_is_that_of_every_term_of_the_loss(ratio):
+    """Against a central difference, with the same samples for the entropy; nothing is clipped."""
+    old, model, reference = draw_model(4, 2), draw_model(4, 2), draw_model(4, 2, seed=2)
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    sub, args, h = draw_sub(old, rows=18), toy_args(beta=0.3, epsilon=1e3, ratio=ratio), 3e-4
+    direction = [torch.randn_like(parameter) for parameter in model.parameters()]
+
+    def loss(moved):
+        """Of the model moved that far in the direction, and its slope there."""
+        policy = copy.deepcopy(model)
+        for parameter, own in zip(policy.parameters(), direction):
+            parameter.data += moved * own
+        torch.manual_seed(5)
+        value = grpo_loss(policy, reference, sub, torch.tensor(0.7), args)[0]
+        slopes = torch.autograd.grad(value, [*policy.parameters()])
+        return value.item(), sum((slope * own).sum().item() for slope, own in zip(slopes, direction))
+
+    assert loss(0.0)[1] == pytest.approx((loss(h)[0] - loss(-h)[0]) / (2 * h), rel=1e-2)
 
 
 def test_steps_after_the_end_and_padding_do_not_touch_the_loss():
@@ -803,6 +826,8 @@ def test_the_updates_forward_sees_the_law_that_the_rollout_sampled_from(context)
 def test_the_buffer_keeps_the_last_ones_and_their_sampled_steps(context):
     rolled = roll(c_online=context, buffer_size=5, n_batch=2, n_sources=2, random_points=True)
     learner, advantages, steps = GRPOLearner(rolled.model, rolled.args), np.arange(16.0), rolled.steps
+    for parameter in learner.reference.parameters():
+        parameter.data += 0.1  # it is not the policy that acted
     width = context - 1 + 4  # of the K - 1 + L_traj + L_eval steps
     for kept, stay in (([0, 1, 2], [0, 1, 2]), ([3, 5, 6], [1, 2, 3, 5, 6]), (range(16), range(11, 16))):
         learner.remember(steps, advantages, np.isin(np.arange(16), list(kept)))
@@ -851,6 +876,9 @@ def test_hindsight_moves_the_ratio_and_leaves_the_old_log_probability():
     assert np.array_equal(plain.scores, relabelled.scores)
     reached = hindsight_returns(relabelled.steps, relabelled.members, 1000, relabelled.args)
     np.testing.assert_array_equal(theirs.buffer.returns.numpy(), reached)
+    keep, learner = np.arange(16) % 3 == 1, GRPOLearner(relabelled.model, relabelled.args)
+    learner.remember(relabelled.steps, np.zeros(16), keep, reached)
+    np.testing.assert_array_equal(learner.buffer.returns.numpy(), reached[keep])
 
 
 @pytest.mark.parametrize("env_id, l_eval", [("Hopper-v5", 60), ("Reacher-v5", 12), ("Reacher-v5", 27)])
@@ -878,6 +906,16 @@ def test_hindsight_relabels_with_the_returns_reached_by_the_time_limit(env_id, l
         np.testing.assert_allclose(reached[row][lived], np.array(expected)[lived], rtol=1e-4, atol=1e-4)
         if env_id == "Reacher-v5" and h + horizon < limit:
             assert reached[row, front] < rolled.scores[row]  # every reward of Reacher is negative
+
+
+def test_the_values_logged_of_groups_by_hand():
+    """Context 3, sub-trajectories of 2 + 1 steps; those before the first one are not lived in them."""
+    real = [[1, 1, 1, 1, 1], [0, 1, 1, 1, 1], [0, 0, 1, 1, 0], [1, 1, 1, 0, 0]]
+    steps = Steps(*[None] * len(Steps._fields))._replace(real=np.array(real, bool))
+    scores, keep = np.array([1.0, 3.0, 10.0, 20.0]), np.array([True, False, True, True])
+    row = group_metrics(steps, scores, keep, toy_args(c_online=3, group_size=2, l_traj=2, l_eval=1))
+    expected = {"sub_score": 8.5, "group_std": (1.0 + 5.0) / 2, "kept": 0.75, "ended_early": 0.5}
+    assert row == pytest.approx({f"rollout/{name}": value for name, value in expected.items()})
 
 
 # ---- Updates --------------------------------------------------------------------------------------------------------
@@ -950,6 +988,62 @@ def test_kappa_rises_while_the_entropy_is_below_minus_the_dimension_of_the_actio
         assert (row["losses/entropy"] < -3) == (direction == 1)
         assert row["losses/kappa"] == pytest.approx(0.1)
         assert learner.log_kappa.item() == pytest.approx(math.log(0.1) + direction * 0.01, abs=1e-5)
+
+
+def watch(learner):
+    """The updates of an iteration: what each one's loss was given and gave, its gradient, and that of the step."""
+    updates, loss, step = [], grpo.grpo_loss, learner.optimizer.step
+    weights = [*learner.model.parameters()]
+
+    def spied(model, reference, sub, kappa, args):
+        assert not kappa.requires_grad
+        log_kappa = learner.log_kappa.item()
+        value, values = loss(model, reference, sub, kappa, args)
+        slopes = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
+        gradient = torch.cat([slope.flatten() for slope in slopes if slope is not None])
+        updates.append(types.SimpleNamespace(**locals()))
+        return value, values
+
+    def stepped():
+        updates[-1].taken = torch.cat([weight.grad.flatten() for weight in weights if weight.grad is not None])
+        step()
+
+    learner.optimizer.step = stepped
+    with mock.patch.object(grpo, "grpo_loss", spied):
+        learner.update(np.random.default_rng(1))
+    return updates
+
+
+def test_an_update_is_of_policy_and_reference_on_a_minibatch_from_anywhere_in_the_buffer():
+    learner = remembered(roll(n_minibatches=20))
+    updates = watch(learner)
+    assert len(updates) == 20
+    for each in updates:
+        assert each.model is learner.model and each.reference is learner.reference
+        assert len(each.sub.u) == 8
+    drawn = [advantage for each in updates for advantage in each.sub.advantage.tolist()]  # each row has its own
+    assert set(drawn) == set(learner.buffer.advantage.tolist()) and len(set(drawn)) == 13
+
+
+def test_the_optimizer_takes_the_gradient_of_the_loss_clipped_to_the_global_norm():
+    norms = []
+    for each in watch(remembered(roll(n_minibatches=5, max_grad_norm=0.25))):
+        norms.append(each.gradient.norm().item())
+        torch.testing.assert_close(each.taken, each.gradient * min(1.0, 0.25 / norms[-1]), rtol=1e-4, atol=1e-6)
+        assert each.values["grad_norm"].item() == pytest.approx(norms[-1], rel=1e-4)
+    assert max(norms) > 0.5
+
+
+def test_kappa_follows_the_gradient_kappa_times_entropy_minus_target():
+    learner = remembered(roll(n_minibatches=5, kappa_initial=0.2, kappa_lr=0.5))
+    log_kappa, m, v = math.log(0.2), 0.0, 0.0
+    for t, each in enumerate(watch(learner), 1):
+        assert each.log_kappa == pytest.approx(log_kappa, abs=1e-4)
+        assert each.kappa.item() == each.values["kappa"].item() == pytest.approx(math.exp(log_kappa), rel=1e-3)
+        gradient = math.exp(log_kappa) * (each.values["entropy"].item() + 3.0)  # the target is -dim A
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        log_kappa -= 0.5 * (m / (1 - 0.9**t)) / (math.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    assert learner.log_kappa.item() == pytest.approx(log_kappa, abs=1e-4)
 
 
 def test_the_values_logged_are_means_over_the_updates_and_the_first_and_largest_ratio():

@@ -1,6 +1,8 @@
 """Table 7, advantages, ratios, loss, value network and buffer of ppo_dt_continuous.py, by hand."""
 
+import copy
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -149,6 +151,17 @@ def test_the_value_network_written_out(norm):
             h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
         h = h * torch.sigmoid(h)
     torch.testing.assert_close(value(x), 20.0 + 10.0 * (h @ value.head.weight.T + value.head.bias)[..., 0])
+
+
+@pytest.mark.parametrize("env_id, norm", [("Ant-v5", False), ("AdroitHandPen-v1", True), ("AntMaze_UMaze-v4", True)])
+def test_the_learners_value_network_is_that_of_the_row(env_id, norm):
+    args = Args(env_id=env_id)
+    fill_from_table(args, "medium", 0.0)
+    learner = PPOLearner(draw_model(), args)
+    values = learner.value(torch.randn(500, 11) * 100)
+    assert (values.std() < 2) == norm  # normed, they do not grow with the observation
+    assert learner.value.head.in_features == args.value_dim
+    assert learner.value_optimizer.param_groups[0]["lr"] == args.lr_value != args.lr
 
 
 def test_returns_that_are_all_alike_set_no_scale():
@@ -379,6 +392,26 @@ def test_loss_equals_equation_5_written_out(hindsight):
     assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+def test_the_gradient_of_the_loss_is_its_slope():
+    """Along a random direction, for the same noise: neither the KL penalty nor the entropy is taken for a constant."""
+    model, reference, args = draw_model(4, 2), draw_model(4, 2, seed=2), toy_args(beta=0.3, epsilon=100.0)
+    sub = draw_sub(model, rows=18)
+    direction, step = [torch.randn_like(p) for p in model.parameters()], 3e-4
+
+    def loss_at(distance):
+        moved = copy.deepcopy(model)
+        for p, along in zip(moved.parameters(), direction):
+            p.data += distance * along
+        torch.manual_seed(5)
+        return moved, ppo_loss(moved, reference, sub, torch.tensor(0.7), args)[0]
+
+    moved, loss = loss_at(0.0)
+    gradient = torch.autograd.grad(loss, [*moved.parameters()])
+    slope = sum((g * along).sum().item() for g, along in zip(gradient, direction))
+    expected = (loss_at(step)[1] - loss_at(-step)[1]).item() / (2 * step)
+    assert slope == pytest.approx(expected, rel=1e-2)
+
+
 @pytest.mark.parametrize("shift, moves", [(0.5, False), (-0.5, True), (0.05, True)])
 def test_there_is_no_gradient_where_the_clipped_branch_is_the_smaller(shift, moves):
     """Of two steps with opposite advantages, both ratios above, below or inside the range: e^shift."""
@@ -435,18 +468,18 @@ def value_error(learner, steps):
     return ((learner.value(steps.observations) - steps.value_target)[steps.real] ** 2).mean().item()
 
 
-def test_a_value_update_lowers_equation_6_and_moves_nothing_else():
-    learner = filled_learner(n_batch=64)
+@CONTEXTS
+def test_a_value_update_lowers_equation_6_and_moves_nothing_else(context):
+    learner = filled_learner(c_online=context, n_batch=64)
     before = {name: value.clone() for name, value in learner.model.state_dict().items()}
     steps = learner.all_steps(0.8)
     sub = learner.draw(steps, np.random.default_rng(0))
     with torch.no_grad():
-        error = (learner.value(sub.observations) - sub.value_target)[own(sub)]
+        error = (learner.value(sub.observations[:, context - 1 :]) - sub.value_target)[own(sub)]
     assert learner.update_value(sub).item() == pytest.approx((error**2).mean().item(), rel=1e-5)
     for _ in range(30):
         learner.update_value(sub)
-    with torch.no_grad():
-        assert ((learner.value(sub.observations) - sub.value_target)[own(sub)] ** 2).mean() < 0.8 * (error**2).mean()
+    assert learner.update_value(sub).item() < 0.8 * (error**2).mean()
     assert all(torch.equal(value, before[name]) for name, value in learner.model.state_dict().items())
 
 
@@ -459,6 +492,13 @@ def test_warming_up_takes_the_units_of_the_returns_and_fits_them():
         assert learner.value.center.item() == pytest.approx(returns.mean().item(), rel=1e-5)
         assert learner.value.scale.item() == pytest.approx(returns.std(correction=0).item(), rel=1e-5)
     assert value_error(warm, steps) < 0.5 * value_error(cold, steps)
+
+
+def test_the_warm_up_fits_the_returns_whatever_lambda_is():
+    learner = filled_learner(value_warmup=100)
+    with mock.patch.object(learner, "all_steps", wraps=learner.all_steps) as asked:
+        learner.warm_up_value(np.random.default_rng(0))
+    assert asked.call_args_list == [mock.call(1.0)] * 3  # lambda 1: at first and after every 50 updates
 
 
 def test_beyond_the_time_limit_the_warm_up_counts_on_the_network_itself():
@@ -495,6 +535,49 @@ def test_explained_variance_is_what_the_value_network_knew_of_its_targets():
     advantage, target = steps.advantage[steps.real].numpy(), steps.value_target[steps.real].numpy()
     row = learner.update(np.random.default_rng(1))
     assert row["losses/explained_variance"] == pytest.approx(1 - advantage.var() / target.var(), abs=1e-4)
+
+
+@pytest.mark.parametrize("bound", [0.05, 1e6], ids=["clipped", "unclipped"])
+def test_the_policy_steps_down_the_clipped_gradient_of_its_loss_and_kappa_down_that_of_the_dual(bound):
+    learner = filled_learner(max_grad_norm=bound, kappa_initial=0.2, kappa_lr=0.5)
+    parameters = [p for name, p in learner.model.named_parameters() if "embed_action" not in name]  # unread: context 1
+    loss_of, step, gradients, entropies, norms = ppo.ppo_loss, learner.optimizer.step, [], [], []
+    log_kappa, m, v = math.log(0.2), 0.0, 0.0
+
+    def spied(model, reference, sub, kappa, args):
+        nonlocal log_kappa, m, v
+        if t := len(entropies):  # Adam's step on log kappa for kappa (H - rho)
+            slope = math.exp(log_kappa) * (entropies[-1] + 3.0)
+            m, v = 0.9 * m + 0.1 * slope, 0.999 * v + 0.001 * slope**2
+            log_kappa -= 0.5 * (m / (1 - 0.9**t)) / (math.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        assert kappa.item() == pytest.approx(math.exp(log_kappa), rel=1e-3) and not kappa.requires_grad
+        assert model is learner.model and reference is learner.reference and args is learner.args
+        loss, values = loss_of(model, reference, sub, kappa, args)
+        gradients.append(torch.autograd.grad(loss, parameters, retain_graph=True))
+        entropies.append(values["entropy"].item())
+        return loss, values
+
+    def measured():
+        norm = torch.cat([g.flatten() for g in gradients[-1]]).norm()
+        norms.append(norm.item())
+        for p, gradient in zip(parameters, gradients[-1]):
+            torch.testing.assert_close(p.grad, gradient * min(1.0, bound / norm), rtol=1e-3, atol=1e-6)
+        step()
+
+    with mock.patch.object(ppo, "ppo_loss", spied), mock.patch.object(learner.optimizer, "step", measured):
+        row = learner.update(np.random.default_rng(1))
+    assert len(norms) == 8 and min(norms) > 0.05
+    assert row["losses/grad_norm"] == pytest.approx(np.mean(norms), rel=1e-3)  # before it was clipped
+
+
+def test_the_reference_becomes_the_policy_every_so_many_updates():
+    learner = filled_learner(reference_every=3, n_minibatches=1)
+    for update in range(7):
+        before = copy.deepcopy(learner.reference.state_dict()), copy.deepcopy(learner.model.state_dict())
+        learner.update(np.random.default_rng(update))
+        after = learner.reference.state_dict()
+        assert all(torch.equal(after[name], value) for name, value in before[update % 3 == 0].items())
+        assert not torch.equal(learner.model.mean_head.weight, after["mean_head.weight"])
 
 
 def test_kappa_rises_while_the_entropy_is_below_minus_the_dimension_of_the_action():

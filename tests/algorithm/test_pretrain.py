@@ -8,6 +8,7 @@ import torch
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
+import pretrain_dt
 from pretrain_dt import (
     Args,
     Dataset,
@@ -128,6 +129,22 @@ def test_pretrain_loss_equals_the_sum_over_real_steps_written_out(float64):
     assert loss.item() == pytest.approx(nll - kappa * entropy, rel=1e-6)
 
 
+def test_the_gradient_is_the_slope_of_the_loss_also_through_the_sampled_entropy(float64):
+    model, windows = draw_model(), some_windows()
+    start = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    def loss(theta):
+        torch.nn.utils.vector_to_parameters(theta, model.parameters())
+        torch.manual_seed(5)
+        return pretrain_loss(model, windows, torch.tensor(0.7))[0]
+
+    loss(start).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    step = 1e-5 * torch.randn_like(start)
+    slope = (loss(start + step) - loss(start - step)).item() / 2
+    assert abs(slope) > 1e-6 and slope == pytest.approx((gradient @ step).item(), rel=1e-4)
+
+
 def test_loss_and_gradients_do_not_hang_on_what_the_padding_holds(float64):
     results = []
     for garbage in (0.0, 0.9):
@@ -171,9 +188,25 @@ def new_model(args, data):
 
 def new_learner(data=None, **changes):
     """A learner, and what gives it another update."""
-    args, data = toy_args(dropout=0.0, **changes), data or draw_data()
+    args, data = toy_args(**(dict(dropout=0.0) | changes)), data or draw_data()
     learner = Learner(new_model(args, data), args)
     return learner, lambda: learner.update(data, np.random.default_rng(learner.updates))
+
+
+def spied(monkeypatch):
+    """The arguments of the calls of pretrain_loss."""
+    calls = []
+    monkeypatch.setattr(pretrain_dt, "pretrain_loss", lambda *given: calls.append(given) or pretrain_loss(*given))
+    return calls
+
+
+def test_an_update_draws_batch_size_windows_of_c_offline_steps_and_drops_out(monkeypatch):
+    learner, update = new_learner(dropout=0.3, batch_size=7, c_offline=4, c_online=2)
+    calls = spied(monkeypatch)
+    update()
+    ((model, windows, _),) = calls
+    assert model is learner.model and model.training and windows.real.shape == (7, 4)
+    assert not torch.equal(model(*windows).mean, model(*windows).mean)
 
 
 @pytest.mark.parametrize(("log_std_bias", "direction"), [(-5.0, +1), (0.5, -1)])
@@ -188,11 +221,12 @@ def test_kappa_rises_below_the_target_entropy_and_falls_above_it_by_adams_first_
     assert learner.log_kappa.item() == pytest.approx(math.log(0.2) + direction * 1e-2, abs=1e-6)
 
 
-def test_kappa_follows_the_gradient_kappa_times_entropy_minus_target():
+def test_kappa_follows_the_gradient_kappa_times_entropy_minus_target(monkeypatch):
     learner, update = new_learner(kappa_initial=0.2, kappa_lr=0.5)
-    log_kappa, m, v = math.log(0.2), 0.0, 0.0
+    log_kappa, m, v, calls = math.log(0.2), 0.0, 0.0, spied(monkeypatch)
     for t in (1, 2, 3):
         update()
+        assert calls[-1][2].item() == pytest.approx(math.exp(log_kappa), rel=1e-4)  # in the loss, before it moves
         gradient = math.exp(log_kappa) * (learner.logged[-1]["entropy"].item() + 2.0)
         m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
         log_kappa -= 0.5 * (m / (1 - 0.9**t)) / (math.sqrt(v / (1 - 0.999**t)) + 1e-8)

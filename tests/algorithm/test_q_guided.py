@@ -227,27 +227,31 @@ def test_trajectories_lie_between_padding_and_the_state_after_the_last_step():
     assert two_trajectories(3).usable.int().tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 0, 0]
 
 
-def target(data, index, **changes):
-    args = toy_args(**(dict(gamma=0.5, target_noise=0.0) | changes))
-    return td_target(data, torch.tensor(index), Policy(), Critic(), args).tolist()
+def target(data, context, steps, **changes):
+    """By the numbers of the steps, 0 to 4."""
+    args = toy_args(**(dict(gamma=0.5, target_noise=0.0, c_online=context) | changes))
+    return td_target(data, data.usable.nonzero()[steps, 0], Policy(), Critic(), args).tolist()
 
 
-def test_the_target_by_hand_at_a_true_end():
-    data = two_trajectories(1, last=[7.0, 8.0])  # slots: 1, 2, 7 | 3, 4, 5, 8
-    assert target(data, [1]) == [20.0]  # nothing comes after it, whatever Q says of the state
+@pytest.mark.parametrize("context", [1, 3])
+def test_the_target_by_hand_at_a_true_end(context):
+    data = two_trajectories(context, last=[7.0, 8.0])  # 1, 2, 7 | 3, 4, 5, 8
+    assert target(data, context, [1]) == [20.0]  # nothing comes after it, whatever Q says of the state
 
 
-def test_the_target_by_hand_at_the_time_limit_counts_on_the_state_after_it():
-    data = two_trajectories(1, last=[7.0, 8.0])
-    assert target(data, [5]) == [50.0 + 0.5 * 16.0]  # min(2 * 8, 3 * 8 - 1)
+@pytest.mark.parametrize("context", [1, 3])
+def test_the_target_by_hand_at_the_time_limit_counts_on_the_state_after_it(context):
+    data = two_trajectories(context, last=[7.0, 8.0])
+    assert target(data, context, [4]) == [50.0 + 0.5 * 16.0]  # min(2 * 8, 3 * 8 - 1)
 
 
-def test_the_target_by_hand_within_a_trajectory():
-    data = two_trajectories(1, last=[0.25, 8.0])
-    assert target(data, [0, 3, 4]) == [10.0 + 0.5 * 4.0, 30.0 + 0.5 * 8.0, 40.0 + 0.5 * 10.0]
-    data.observations[1] = 0.5  # here the second is the smaller: 3 * 0.5 - 1
-    assert target(data, [0]) == [10.0 + 0.5 * 0.5]
-    assert target(data, [0], reward_divisor=100.0) == pytest.approx([0.1 + 0.5 * 0.5])
+@pytest.mark.parametrize("context", [1, 3])
+def test_the_target_by_hand_within_a_trajectory(context):
+    data = two_trajectories(context, last=[0.25, 8.0])
+    assert target(data, context, [0, 2, 3]) == [10.0 + 0.5 * 4.0, 30.0 + 0.5 * 8.0, 40.0 + 0.5 * 10.0]
+    data.observations[context] = 0.5  # after step 0; here the second is the smaller: 3 * 0.5 - 1
+    assert target(data, context, [0]) == [10.0 + 0.5 * 0.5]
+    assert target(data, context, [0], reward_divisor=100.0) == pytest.approx([0.1 + 0.5 * 0.5])
 
 
 def test_the_target_action_is_sampled_and_smoothed_by_clipped_noise():
@@ -476,14 +480,31 @@ def test_transitions_are_drawn_uniformly_from_offline_and_online_alike(monkeypat
     assert ((counts - mean) ** 2 / mean).sum() < len(usable) + 4 * math.sqrt(2 * len(usable))  # chi squared
 
 
-def test_the_values_logged_are_means_over_the_updates(monkeypatch):
+def test_the_critic_learns_from_the_targets_and_the_values_logged_are_means_over_the_updates(monkeypatch):
     learner, seen = filled_learner()[0], []
-    whole = critic_loss
-    monkeypatch.setattr(q_guided, "critic_loss", lambda *given: seen.append(whole(*given)) or seen[-1])
+
+    def spy(critic, target_policy, target_critic, data, index, args):
+        assert critic is learner.critic and len(index) == 16
+        assert target_policy is learner.target_policy and target_critic is learner.target_critic
+        loss, values = critic_loss(critic, target_policy, target_critic, data, index, args)
+        seen.append(values)
+        return loss, values
+
+    monkeypatch.setattr(q_guided, "critic_loss", spy)
     row = learner.train_critic(np.random.default_rng(0), 7)
     for name in ("critic_loss", "q_mean", "q_gap", "target_mean"):
-        assert row[f"losses/{name}"] == pytest.approx(np.mean([values[name].item() for _, values in seen]), rel=1e-5)
-    assert learner.critic_updates == 7 and row["time/critic"] > 0
+        assert row[f"losses/{name}"] == pytest.approx(np.mean([values[name].item() for values in seen]), rel=1e-5)
+    assert len(seen) == learner.critic_updates == 7 and row["time/critic"] > 0
+
+
+def test_each_optimiser_steps_at_its_own_rate():
+    args = toy_args(lr=0.1, lr_critic=0.2, kappa_lr=0.3)
+    learner = QGuidedLearner(draw_model(), two_trajectories(), args)
+    optimizers = (learner.optimizer, learner.critic_optimizer, learner.dual)
+    assert [each.param_groups[0]["lr"] for each in optimizers] == [0.1, 0.2, 0.3]
+    parts = (learner.model.parameters(), learner.critic.parameters(), [learner.log_kappa])
+    for each, parameters in zip(optimizers, parts):
+        assert list(map(id, each.param_groups[0]["params"])) == list(map(id, parameters))
 
 
 def test_without_a_warm_up_the_critic_begins_as_it_is():
@@ -681,6 +702,25 @@ def test_loss_equals_equation_3_written_out():
     assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+def test_the_gradient_is_the_slope_of_the_loss_also_through_kl_and_sampled_entropy(monkeypatch):
+    model, reference = draw_model(4, 2), draw_model(4, 2, seed=2).double()
+    sub = Candidates(*(field.double() if field.is_floating_point() else field for field in random_candidates(model)))
+    model.double()
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    args, start = toy_args(beta=0.3, epsilon=10.0), torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    def loss(theta):
+        torch.nn.utils.vector_to_parameters(theta, model.parameters())
+        torch.manual_seed(5)
+        return q_guided_loss(model, reference, sub, torch.tensor(0.7), args)[0]
+
+    loss(start).backward()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    step = 1e-5 * torch.randn_like(start)
+    slope = (loss(start + step) - loss(start - step)).item() / 2
+    assert abs(slope) > 1e-6 and slope == pytest.approx((gradient @ step).item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("shift, moves", [(0.5, False), (-0.5, True), (0.05, True)])
 def test_there_is_no_gradient_where_the_clipped_branch_is_the_smaller(shift, moves):
     """Of two candidates with opposite advantages, both ratios above, below or inside the range: e^shift."""
@@ -714,11 +754,50 @@ def ratios(learner):
 @CONTEXTS
 def test_ratio_is_1_before_the_first_update(context, bf16):
     learner, replay = filled_learner(bf16, width=64, c_online=context, n_sources=6, n_batch=20, buffer_size=100)
+    for other in (learner.reference, learner.target_policy):
+        other.mean_head.bias += 1.0  # by the policy itself, not by these
     add_candidates(learner, replay)
     if not bf16 or q_guided.has_bf16(torch.device("cpu")):
         assert (ratios(learner) - 1).abs().max() <= 1e-4
     assert learner.update(np.random.default_rng(1))["losses/ratio_first"] == pytest.approx(1.0, abs=1e-4)
     assert (ratios(learner) - 1).abs().max() > 1e-3
+
+
+def test_an_update_is_a_clipped_step_on_a_minibatch_of_the_whole_buffer_and_one_of_kappa(monkeypatch):
+    changes = dict(n_batch=8, n_minibatches=25, lr=1e-3, max_grad_norm=0.05, kappa_initial=0.2, kappa_lr=0.1)
+    learner, replay = filled_learner(c_online=2, n_sources=2, **changes)
+    add_candidates(learner, replay)
+    learner.buffer.advantage[:] = torch.arange(16)
+    parameters, step, gradients, calls = list(learner.model.parameters()), learner.optimizer.step, [], []
+
+    def spy(model, reference, sub, kappa, args):
+        assert model is learner.model and reference is learner.reference and len(sub.u) == 8
+        loss, values = q_guided_loss(model, reference, sub, kappa, args)
+        gradients.append(torch.autograd.grad(loss, parameters, retain_graph=True))
+        calls.append((sub, kappa.item(), {name: value.item() for name, value in values.items()}))
+        return loss, values
+
+    def clipped():
+        norm = torch.cat([gradient.flatten() for gradient in gradients[-1]]).norm()
+        assert norm > 1
+        for parameter, gradient in zip(parameters, gradients[-1]):
+            torch.testing.assert_close(parameter.grad, gradient * 0.05 / norm, rtol=1e-4, atol=1e-8)
+        step()
+
+    monkeypatch.setattr(q_guided, "q_guided_loss", spy)
+    monkeypatch.setattr(learner.optimizer, "step", clipped)
+    row = learner.update(np.random.default_rng(1))
+    log_kappa, m, v = math.log(0.2), 0.0, 0.0
+    for t, (_, kappa, values) in enumerate(calls, start=1):
+        assert kappa == pytest.approx(math.exp(log_kappa), rel=1e-4)  # the one before it moves
+        gradient = math.exp(log_kappa) * (values["entropy"] + 3)
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        log_kappa -= 0.1 * (m / (1 - 0.9**t)) / (math.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    assert learner.log_kappa.item() == pytest.approx(log_kappa, abs=1e-4)
+    assert {number for sub, *_ in calls for number in sub.advantage.tolist()} == set(range(16))
+    assert len(calls) == learner.updates == 25
+    for name in ("loss", "surrogate", "kl", "entropy"):
+        assert row[f"losses/{name}"] == pytest.approx(np.mean([values[name] for *_, values in calls]), rel=1e-4), name
 
 
 def test_updates_make_good_candidates_likelier_and_leave_the_critic_alone():

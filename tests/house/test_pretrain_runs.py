@@ -108,6 +108,23 @@ def test_other_seed_gives_other_weights_and_losses(whole, tmp_path):
     assert all(a[2] != b[2] for a, b in zip(learning_columns(other)[1:3], learning_columns(whole)[1:3]))
 
 
+def test_each_update_sees_windows_of_its_own_with_dropout(tmp_path, monkeypatch):
+    seen, whole = [], pretrain_dt.pretrain_loss
+
+    def spy(model, windows, kappa):
+        seen.append(windows)
+        assert model.training and model.dropout == 0.3
+        return whole(model, windows, kappa)
+
+    monkeypatch.setattr(pretrain_dt, "pretrain_loss", spy)
+    main(toy_args(updates=3, dropout=0.3, run_dir=str(tmp_path / "run")))
+    data = load_dataset(toy_args(), make_env("Hopper-v5", {}))
+    for step, windows in enumerate(seen, start=1):
+        expected = pretrain_dt.draw_windows(data, 5, 8, np.random.default_rng([1, step]))
+        assert all(map(torch.equal, windows, expected))
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize("stops", [[7], [5], [10], [1, 4, 7, 11], [12]])
 def test_resumed_run_equals_one_that_never_stopped(whole, stops, tmp_path):
     run_dir = main(toy_args(updates=stops[0], run_dir=str(tmp_path / "split")))
