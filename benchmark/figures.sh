@@ -35,8 +35,6 @@ figure figures/baselines Ho-M-v2 \
 figure figures/baselines-random Ho-R-v2 \
     odt__hopper-random__small__* odt_td3__hopper-random__small-alpha0.01__* iql__hopper-random__small__* \
     q_guided_grpo_dt__hopper-random__small__* ppo_dt__hopper-random__[12] grpo_dt__hopper-random__small-lr2e-4-kappa0.01__3
-figure figures/mixed-groups Ho-M-v2 \
-    grpo_dt__hopper-medium__shipped-l-eval985{,-mixed-groups}__*
 figure figures/medium-replay overview_steps \
     q_guided_grpo_dt__*-replay__{lr5e-5-tau0.05__1,small-gamma0.995__1} \
     grpo_dt__*-replay__small__1 ppo_dt__*-replay__small__1

@@ -782,6 +782,11 @@ def draw_panel(axes, title: str, curves: list[Curve], axis: str, colours: dict[s
     if ends and max(ends) > LONG * min(ends):
         axes.set_xscale("symlog", linthresh=min(ends))
         axes.set_xlim(0)
+        powers = 10.0 ** np.arange(math.floor(math.log10(min(ends))), math.floor(math.log10(max(ends))) + 1)
+        ticks = np.outer(powers, [1, 2, 5] if max(ends) < 100 * min(ends) else [1]).ravel()
+        inside = (ticks >= min(ends)) & (ticks <= max(ends))  # those before it would lie on top of 0
+        axes.set_xticks([0.0, *ticks[inside]])
+        axes.minorticks_off()
     if axis != "minutes" or axes.get_xscale() == "symlog":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)

@@ -609,8 +609,13 @@ def test_beside_a_curve_that_is_many_times_as_long_the_shortest_can_be_seen(tmp_
     make_run(tmp_path, "grpo_dt__Hopper-medium__1", [0.0, 10.0, 20.0], steps=10_000)
     iterations, steps, _, updates = drawn(tmp_path, monkeypatch)["Ho-M-v2"]
     assert steps.get_xscale() == "symlog" and iterations.get_xscale() == updates.get_xscale() == "linear"
+    assert list(steps.get_xticks()) == [0.0, 100.0, 1000.0, 10_000.0]
     left, middle, right = steps.transData.transform([(0, 0), (100, 0), (20_000, 0)])[:, 0]
     assert (middle - left) / (right - left) > 0.15  # the end of the shorter one; on a linear axis 0.005
+    make_run(tmp_path / "less", "ppo_dt__Hopper-medium__1", [0.0, 10.0, 20.0], steps=50)
+    make_run(tmp_path / "less", "grpo_dt__Hopper-medium__1", [0.0, 10.0, 20.0], steps=1250)
+    steps = drawn(tmp_path / "less", monkeypatch)["Ho-M-v2"][1]
+    assert list(steps.get_xticks()) == [0.0, 100.0, 200.0, 500.0, 1000.0, 2000.0]
 
 
 def drawn(folder, monkeypatch):
