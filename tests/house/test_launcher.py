@@ -663,7 +663,7 @@ SMALL = (
     "--delta-r",
 )
 SMALL += ("--n-sources", "--n-batch", "--one-scale", "--anneal-lr")
-UNLIKE = dict.fromkeys(report.METHODS, (*SMALL, "--ratio", "--random-points", "--hindsight"))
+UNLIKE = dict.fromkeys(report.METHODS, (*SMALL, "--ratio", "--random-points", "--mixed-groups", "--hindsight"))
 UNLIKE["pretrain_dt"] = ("--embed-dim", "--c-offline")  # its rate is not in the paper's tables
 
 
