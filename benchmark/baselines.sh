@@ -10,7 +10,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${DATASETS:-datasets}  # files that Minari does not have
 
-# dataset, task and kind, what pretraining learns from, contexts where they are not pretrain_dt.py's, ODT's weight decay where not Hopper's
+# dataset, task and kind, what pretraining learns from, contexts where they are not pretrain_dt.py's, ODT's weight decay
+# where it is not Hopper's
 million="random --dataset-steps 1000000"
 cells=$(cat <<CELLS
 Hopper-random          | --env-id Hopper-v5 --dataset-kind random           | --dataset $million --c-online 5
