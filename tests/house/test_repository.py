@@ -405,6 +405,37 @@ def test_commands_in_the_docs_use_flags_that_exist(page):
         assert unknown_flags(words, fields[script]) == [], f"{script} {' '.join(words)}"
 
 
+TIME = re.compile(r"\b(seconds?|minutes?|hours?|not timed|as long as|the time that was left)\b")
+
+
+def untimed(page: str) -> list[str]:
+    """Commands of a page's bash blocks that do not say how long they take: behind them, in a comment at the head of
+    their block, or in the paragraph before it."""
+    found = []
+    for match in re.finditer(r"((?:[^\n]+\n)*)\n*(?:<!--[^\n]*-->\n)?```bash\n(.*?)```", page, re.DOTALL):
+        block = match[2].replace("\\\n", " ").strip()
+        head = block.splitlines()[0] if block.startswith("#") else ""
+        if TIME.search(match[1] + head):
+            continue
+        for line in block.splitlines():
+            command, _, comment = line.partition("#")
+            if re.search(r"\b(python3?|bash) ", command) and not TIME.search(comment):
+                found.append(command.strip())
+    return found
+
+
+def test_commands_without_a_time_are_found():
+    timed = "It takes a minute:\n\n```bash\npython a.py\n```\n\nText.\n\n```bash\n# hours\npython b.py\n```\n"
+    assert untimed(timed) == []
+    page = timed + "\nOnly this:\n\n```bash\npython c.py \\\n    --flag\npython d.py  # seconds\nls\n```\n"
+    assert untimed(page) == ["python c.py      --flag"]
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda path: path.name)
+def test_every_command_says_how_long_it_takes(page):
+    assert untimed(read(page)) == []
+
+
 @each_script
 def test_the_docs_of_a_script_show_commands_and_flags_that_exist(script):
     assert script.name in [name for name, _ in commands(docs_page(script))]
