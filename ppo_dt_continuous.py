@@ -68,7 +68,7 @@ DatasetKind = Literal["random", "medium", "medium-replay", "expert", "human", "c
 
 @dataclass
 class Args:
-    """Finetune a pretrained Decision Transformer by PPO-DT. Fields left at None take the paper's row (ROWS)."""
+    """Finetune a pretrained Decision Transformer by PPO-DT. Numbers left at None take the paper's row (ROWS)."""
 
     env_id: str = "Hopper-v5"  # an environment of gymnasium, gymnasium-robotics, or MODULE:ID of your own
     env_kwargs: str | None = None  # its arguments as JSON: '{"healthy_reward": 2.0}' [None: the data's or checkpoint's]
@@ -91,7 +91,7 @@ class Args:
     # Update
     c_train: int | None = None  # c_train: steps per sub-trajectory
     n_batch: int | None = None  # sub-trajectories per minibatch
-    n_minibatches: int = 8  # gradient updates per iteration
+    n_minibatches: int = 8  # gradient updates per iteration [not in the paper]
     epsilon: float | None = None  # clipping range of the importance ratio
     beta: float = 1e-3  # weight of the KL divergence to the reference policy
     reference_every: int = 4  # the reference policy becomes the current one every so many updates
@@ -124,7 +124,7 @@ class Args:
 
 
 # Table 7, what its caption says of all rows, and what Table 5 and the text say of locomotion and of the others. Keys:
-# environment id up to the version, kind of data.
+# task_of(environment id), kind of data.
 COLUMNS = ("n_batch", "c_online", "g_online", "n_trajectories", "lr", "lr_value", "kappa_initial")
 COLUMNS += ("c_train", "value_dim", "value_norm", "epsilon", "gamma", "gae_lambda")
 LOCOMOTION = (20, 256, False, 0.2, 0.99, 0.95)
@@ -149,28 +149,6 @@ ROWS = {
 SMALL = dict(embed_dim=128, gamma=0.995, n_batch=64)
 
 
-def paper_row(env_id: str, kind: str) -> tuple[str, dict]:
-    """What the row is, and its values: that of the task and the kind of data, else of medium, cloned or umaze; outside
-    the table that of Hopper, whose g_online means nothing there."""
-    keys = [(task_of(env_id), each) for each in (kind, "medium", "cloned", "umaze")]
-    key = next((key for key in keys if key in ROWS), None)
-    row = dict(zip(COLUMNS, ROWS[key or ("Hopper", "medium")]))
-    return " ".join(key) if key else "outside the table", row | ({} if key else {"g_online": None})
-
-
-def fill_from_table(args: Args, kind: str, best_return: float) -> None:
-    """Fill the fields that are None from the paper's row, and print what is in use. Outside the table g_online is
-    best + |best| of the dataset's returns."""
-    args.dataset_kind = args.dataset_kind or kind
-    source, row = paper_row(args.env_id, args.dataset_kind)
-    row["g_online"] = row["g_online"] or best_return + abs(best_return)
-    for name, value in row.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    values = ", ".join(f"{name} {getattr(args, name):g}" for name in COLUMNS)
-    print(f"row {source} ({args.dataset_kind} data): {values}", flush=True)
-
-
 # ---- 3. Model -------------------------------------------------------------------------------------------------------
 
 ACTION_LIMIT = 1.0 - 1e-6  # ODT's: actions stay inside (-1, 1), where atanh is finite
@@ -178,7 +156,7 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # the standard deviation depends on the st
 
 
 def squash(u: torch.Tensor) -> torch.Tensor:
-    """The action tanh(u), inside ODT's limits. That of a mean u is the median of the law. Departure (1)."""
+    """The action tanh(u), inside ODT's limits. That of a mean u is the median of the action. Departure (1)."""
     return torch.tanh(u).clamp(-ACTION_LIMIT, ACTION_LIMIT)
 
 
@@ -219,7 +197,7 @@ class Block(nn.Module):
         """x (B, L, E), mask (B or 1, 1, L, L) True where a query may look -> the tokens in `read` (B, L', E)."""
         dropout = self.dropout if self.training else 0.0
         h = self.norm1(x)
-        q = self.query(h[:, read].contiguous())  # (B, L', E); strided, it would round otherwise without gradients
+        q = self.query(h[:, read].contiguous())  # (B, L', E); a strided input rounds differently under no_grad
         k, v = self.key_value(h).chunk(2, dim=-1)  # (B, L, E) each
         q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, E / heads)
         h = attention(q, k, v, mask[:, :, read], dropout)
@@ -239,7 +217,7 @@ class DecisionTransformer(nn.Module):
     kind = "dt"
 
     def __init__(self, obs_dim, act_dim, embed_dim=512, n_layers=4, n_heads=4, kind="dt", dropout=0.0):
-        """kind: not read, a checkpoint's sizes say it."""
+        """kind: not read; it is among a checkpoint's sizes, where load_model looks at it."""
         super().__init__()
         self.act_dim = act_dim
         self.dropout = dropout
@@ -271,19 +249,18 @@ class DecisionTransformer(nn.Module):
         return (causal & visible) | itself
 
     def forward(self, observations, returns, actions, real, every_step: bool = False) -> Normal:
-        """Law of u at a window's last step, (B, A), or at every step, (B, K, A); the action is tanh(u).
+        """Distribution of u at a window's last step, (B, A), or at every step, (B, K, A); the action is tanh(u).
 
         observations (B, K, S) and returns (B, K): raw. actions (B, K, A) in [-1, 1]; the last one is not read.
         real (B, K): False where a step is left padding.
         """
         n_tokens = 3 * returns.shape[1] - 1  # none for the last action, which is yet to be chosen
-        dropout = self.dropout if self.training else 0.0
         s = self.embed_observation((observations - self.obs_mean) / self.obs_std)  # (B, K, E)
         g = self.embed_return((returns * self.return_scale)[..., None])  # (B, K, E)
         a = self.embed_action(actions)  # (B, K, E)
-        tokens = [g, s, a][:n_tokens]  # at context 1 without a, whose weights then have no gradient
+        tokens = [g, s, a][:n_tokens]  # n_tokens = 2 at context 1: no a, no gradient for its weights
         x = torch.stack(tokens, dim=2).flatten(1, 2)[:, :n_tokens]  # (B, L, E); no positional embedding (B.1)
-        x = F.dropout(self.norm_in(x), dropout)
+        x = F.dropout(self.norm_in(x), self.dropout, self.training)
         mask = self.attention_mask(real, n_tokens)
         read = slice(1, None, 3) if every_step else slice(-1, None)  # the state tokens that actions are read from
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):  # departure (6)
@@ -334,7 +311,8 @@ class ValueNetwork(nn.Module):
 
 
 class Steps(NamedTuple):
-    """N rollouts of T steps side by side, behind the K - 1 steps before them: the window of step t is [t, t + K)."""
+    """N rollouts of T steps side by side, behind the K - 1 steps before them: the window of step t is [t, t + K). The
+    first four fields are what the network reads, in the order in which `forward` takes them."""
 
     observations: np.ndarray  # (N, K - 1 + T, S)
     returns: np.ndarray  # (N, K - 1 + T) the return-to-go that the action was conditioned on, raw
@@ -352,10 +330,10 @@ def rollout(policy, sims, observations, g, noise, last, past=None, context=1, sn
     """Play `sims` side by side from `observations` (N, S) at returns-to-go g (N,), row i for last[i] steps at most.
 
     noise (N, L, A): the first L steps sample, those after them take the mean action; L = 0 is an evaluation.
-    past: the K - 1 steps before, as the first four fields of Steps [None: padding].
+    past: the K - 1 steps before, as the first four fields of Steps [None: padding]. snapshots: keep sims.states too.
     """
     n, sampled, act_dim = noise.shape
-    front = context - 1
+    front = context - 1  # columns before step 0
     total = int(last.max())
     device = policy.obs_mean.device
     g = g.astype(np.float64)  # astype copies: the caller's arrays stay as they are
@@ -369,14 +347,14 @@ def rollout(policy, sims, observations, g, noise, last, past=None, context=1, sn
         rewards=np.zeros((n, total)),
         snapshots=np.zeros((n, total, sims.states.shape[1]) if snapshots else (n, 0, 0)),
         terminated=np.zeros(n, bool),
-        last_observation=observations,
+        last_observation=observations,  # the array that the loop below keeps up to date
     )
     for field, before in zip(steps, past or ()):
         field[:, :front] = before
     alive = np.arange(n)
-    with torch.autocast(device.type, enabled=False):  # a bracket, so that the blocks' bf16 weights are made once
+    with torch.autocast(device.type, enabled=False):  # the outermost autocast keeps the bf16 copies of weights
         for t in range(total):
-            now = (alive, front + t)
+            now = (alive, front + t)  # rows and column of this step
             steps.observations[now] = observations[alive]
             steps.returns[now] = g[alive]
             steps.real[now] = True
@@ -384,7 +362,7 @@ def rollout(policy, sims, observations, g, noise, last, past=None, context=1, sn
                 steps.snapshots[alive, t] = sims.states[alive]
             window = [torch.from_numpy(field[alive, t : t + context]).to(device) for field in steps[:4]]
             window[1] = policy.conditioned_on(*window)
-            steps.returns[now] = window[1][:, -1].cpu()
+            steps.returns[now] = window[1][:, -1].cpu()  # g itself, unless the model predicts its own
             dist = policy(*window)
             u = dist.mean
             if t < sampled:
@@ -401,22 +379,12 @@ def rollout(policy, sims, observations, g, noise, last, past=None, context=1, sn
     return steps
 
 
-class Trajectory(NamedTuple):
-    """A row of Steps, cut at its end: T steps behind K - 1 steps of padding. Step h's window is [h, h + K)."""
-
-    observations: np.ndarray  # (K - 1 + T, S)
-    returns: np.ndarray  # (K - 1 + T,) return-to-go that the action was conditioned on, raw
-    actions: np.ndarray  # (K - 1 + T, A) in [-1, 1]
-    real: np.ndarray  # (K - 1 + T,) False: padding
-    u: np.ndarray  # (T, A) before tanh
-    rewards: np.ndarray  # (T,)
-    snapshots: np.ndarray  # (T, D), or (0, 0)
-    terminated: np.ndarray  # () whether the task ended it, not the time limit
-    last_observation: np.ndarray  # (S,) after the last step
+class Trajectory(Steps):
+    """A row of Steps without its axis N, cut at its end: T steps behind K - 1 of padding, (0, 0) where no snapshots."""
 
 
 def draw_noise(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Standard normal, for all rows and steps, whoever lives: so nothing depends on who fell."""
+    """Standard normal, for all rows and steps, also of rows that have ended: so no row's noise depends on another's."""
     return rng.standard_normal(shape, dtype=np.float32)
 
 
@@ -427,11 +395,12 @@ def collect(policy, sims, n: int, args: Args, rng: np.random.Generator, snapshot
     g = np.full(n, args.g_online)
     last = np.full(n, sims.limit)
     steps = rollout(policy, sims, observations, g, noise, last, context=args.c_online, snapshots=snapshots)
-    trajectories = []
+    trajectories, front = [], args.c_online - 1
     for i, length in enumerate(steps.real.sum(1)):
-        ends = [args.c_online - 1 + length] * 4 + [length] * 3  # three fields have no padding
-        fields = [field[i, :end].copy() for field, end in zip(steps, ends)]
-        trajectories.append(Trajectory(*fields, np.array(steps.terminated[i]), steps.last_observation[i].copy()))
+        fields = [field[i, : front + length] for field in steps[:4]]
+        fields += [field[i, :length] for field in steps[4:7]]  # u, rewards, snapshots: no padding before them
+        fields += [steps.terminated[i], steps.last_observation[i]]
+        trajectories.append(Trajectory(*(np.array(field) for field in fields)))  # copies: a view would keep all rows
     return trajectories
 
 
@@ -492,12 +461,12 @@ class Batch(NamedTuple):
 
 def windows(steps: torch.Tensor, context: int) -> torch.Tensor:
     """Every window of K consecutive steps: (B, K - 1 + L, ...) -> (B L, K, ...)."""
-    return steps.unfold(1, context, 1).movedim(-1, 2).flatten(0, 1)
+    return steps.unfold(1, context, 1).movedim(-1, 2).flatten(0, 1)  # unfold puts K last: (B, L, ..., K)
 
 
 def distribution(model: DecisionTransformer, sub) -> Normal:
-    """The policy's law of u (B, L, A) at each step of `sub`, from the very window that the rollout saw."""
-    context = sub.real.shape[1] - sub.u.shape[1] + 1
+    """The policy's distribution of u (B, L, A) at each step of `sub`, from the very window that the rollout saw."""
+    context = sub.real.shape[1] - sub.u.shape[1] + 1  # K
     dist = model(*(windows(field, context) for field in sub[:4]))  # B L windows of K steps
     return Normal(dist.mean.view_as(sub.u), dist.stddev.view_as(sub.u), validate_args=False)
 
@@ -509,7 +478,7 @@ def masked_mean(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 
 def ppo_loss(model, reference, sub: Batch, kappa: torch.Tensor, args: Args) -> tuple[torch.Tensor, dict]:
     """Minus Eq. 5 and minus the entropy term kappa H; and the values to log."""
-    real = sub.real[:, -sub.u.shape[1] :]  # (B, L)
+    real = sub.real[:, -sub.u.shape[1] :]  # (B, L) of the sampled steps, without the K - 1 before them
     mean = masked_mean(sub.advantage, real)
     std = masked_mean((sub.advantage - mean) ** 2, real).sqrt()
     advantage = (sub.advantage - mean) / (std + 1e-8)  # (B, L), line 5
@@ -521,7 +490,7 @@ def ppo_loss(model, reference, sub: Batch, kappa: torch.Tensor, args: Args) -> t
 
     with torch.no_grad():
         reference_dist = distribution(reference, sub)
-    kl = masked_mean(kl_divergence(dist, reference_dist).sum(-1), real)  # of u: tanh changes nothing
+    kl = masked_mean(kl_divergence(dist, reference_dist).sum(-1), real)  # of the Gaussians: tanh keeps a KL as it is
     entropy = masked_mean(-log_prob(dist, dist.rsample()), real)  # estimated by one sample a step
     loss = -(surrogate - args.beta * kl + kappa * entropy)  # Eq. 5 and the entropy constraint's Lagrangian
     values = {"loss": loss, "surrogate": surrogate, "kl": kl, "entropy": entropy}
@@ -670,7 +639,7 @@ def pad(field: np.ndarray, before: int, after: int) -> np.ndarray:
 
 def main(args: Args) -> Path:
     """Algorithm 2; returns the run's folder."""
-    base = start(args)
+    base = start(args)  # a checkpoint, pretrained now if none is given; fills args from the paper's row
     model = load_model(base, set_up_torch(args), args.bf16)
     run_dir = choose_run_dir(args)
     env = make_env(args.env_id, env_kwargs_of(args, base["env_kwargs"]))
@@ -687,7 +656,7 @@ def main(args: Args) -> Path:
         while iteration < args.iterations:
             iteration += 1
             rng = np.random.default_rng([args.seed, iteration])  # of all that is drawn in this iteration
-            clock = [time.perf_counter(), sims.seconds]
+            clock = [time.perf_counter(), sims.seconds]  # now, and spent in sims.step so far
             trajectories = collect(model, sims, args.n_trajectories, args, rng)  # line 2
             clock += [time.perf_counter(), sims.seconds]
             learner.remember(trajectories)  # line 2
@@ -838,7 +807,7 @@ def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> g
     if env.spec.max_episode_steps is None:
         die(f"{env_id} has no time limit, so an episode might never end: register it with max_episode_steps.")
     env = D4RLRules(env)
-    env.kwargs = env_kwargs  # for twins
+    env.kwargs = env_kwargs  # for whoever makes the same environment again
     try:  # a step, for the old API and whatever a task's own code raises
         first, _ = env.reset(seed=0)
         following = env.step(actions.high)[0]
@@ -1063,7 +1032,6 @@ class Log:
         self.path = run_dir / "metrics.csv"
         self.total, self.rows, self.shown, self.lines = total, rows, [], 0
         self.begun = time.time()
-        self.due = self.begun + 5  # when pretraining has its next line, beside those of its rows
         self.first = rows[-1]["iteration"] if rows else 0
         packages = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "minari")
         installed = {each.name: each.version for each in importlib.metadata.distributions()}
@@ -1118,7 +1086,6 @@ class Log:
             print("iteration".rjust(13) + "".join(CONSOLE[name][0].rjust(8) for name in names), flush=True)
         self.lines, self.shown = self.lines + 1, names
         print(console_line(row, names, self.total, left), flush=True)
-        self.due = time.time() + 30
 
     def write(self) -> None:
         """metrics.csv, whole; its columns are the names of all rows so far."""
@@ -1208,6 +1175,29 @@ def claim(run_dir: Path, args: Args):
     return lock
 
 
+def paper_row(env_id: str, kind: str) -> tuple[str, dict]:
+    """The name of the row to take, and its values by field: the task's row of this kind of data, else of medium, cloned
+    or umaze. Outside the table Hopper's, without g_online, which means nothing there."""
+    task = task_of(env_id)
+    for each in (kind, "medium", "cloned", "umaze"):
+        if (task, each) in ROWS:
+            return f"{task} {each}", dict(zip(COLUMNS, ROWS[task, each]))
+    return "outside the table", dict(zip(COLUMNS, ROWS["Hopper", "medium"])) | {"g_online": None}
+
+
+def fill_from_table(args: Args, kind: str, best_return: float) -> None:
+    """Fill the fields that are None from the paper's row, and print what is in use. Outside the table g_online is
+    best + |best| of the dataset's returns."""
+    args.dataset_kind = args.dataset_kind or kind
+    source, row = paper_row(args.env_id, args.dataset_kind)
+    row["g_online"] = row["g_online"] or best_return + abs(best_return)
+    for name, value in row.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    values = ", ".join(f"{name} {getattr(args, name):g}" for name in COLUMNS)
+    print(f"row {source} ({args.dataset_kind} data): {values}", flush=True)
+
+
 def pretrained_on_random(args: Args) -> Path:
     """The run folder that is used where --pretrained is left out: pretrain_dt.py on random data of this environment,
     for this width, context and seed, kept under runs/pretrained: minutes on two cores. What was broken off goes on."""
@@ -1247,7 +1237,8 @@ def pretrained_on_random(args: Args) -> Path:
 
 
 def start(args: Args) -> dict:
-    """The checkpoint to begin with, or to go on from. Fills `args` from the paper's row."""
+    """The checkpoint to begin with, or to go on from; where none is given, pretraining makes one in minutes. Fills
+    `args` from the paper's row."""
     check_args(args)
     choose_run_dir(args)  # an occupied one is refused before minutes of pretraining
     if not (args.resume or args.pretrained):

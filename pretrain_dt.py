@@ -65,7 +65,7 @@ DatasetKind = Literal["random", "medium", "medium-replay", "expert", "human", "c
 
 @dataclass
 class Args:
-    """Pretrain a Decision Transformer on offline data. Fields left at None take the task's row (ROWS)."""
+    """Pretrain a Decision Transformer on offline data. Numbers left at None take the task's row (ROWS)."""
 
     env_id: str = "Hopper-v5"  # an environment of gymnasium, gymnasium-robotics, or MODULE:ID of your own
     env_kwargs: str | None = None  # its arguments as JSON: '{"healthy_reward": 2.0}' [None: the data's or checkpoint's]
@@ -111,7 +111,7 @@ class Args:
 
 # Updates and learning rates are ODT+TD3's (Yan et al. 2024), to which the paper's Appendix B.1 defers; contexts are
 # those of Table 6. g_eval is the return-to-go that evaluations begin at: ODT's and ODT+TD3's, for Adroit the paper's.
-# Relocate and HalfCheetah are not in the paper: ODT+TD3's too, but for a context of 1. Keys: the id up to the version.
+# Relocate and HalfCheetah are not in the paper: ODT+TD3's too, but for a context of 1. Keys: task_of(id).
 COLUMNS = ("updates", "lr", "c_offline", "c_online", "g_eval")
 ROWS = {
     "Hopper": (5_000, 1e-4, 20, 1, 3600.0),
@@ -162,7 +162,7 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # the standard deviation depends on the st
 
 
 def squash(u: torch.Tensor) -> torch.Tensor:
-    """The action tanh(u), inside ODT's limits. That of a mean u is the median of the law. Departure (1)."""
+    """The action tanh(u), inside ODT's limits. That of a mean u is the median of the action. Departure (1)."""
     return torch.tanh(u).clamp(-ACTION_LIMIT, ACTION_LIMIT)
 
 
@@ -203,7 +203,7 @@ class Block(nn.Module):
         """x (B, L, E), mask (B or 1, 1, L, L) True where a query may look -> the tokens in `read` (B, L', E)."""
         dropout = self.dropout if self.training else 0.0
         h = self.norm1(x)
-        q = self.query(h[:, read].contiguous())  # (B, L', E); strided, it would round otherwise without gradients
+        q = self.query(h[:, read].contiguous())  # (B, L', E); a strided input rounds differently under no_grad
         k, v = self.key_value(h).chunk(2, dim=-1)  # (B, L, E) each
         q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, E / heads)
         h = attention(q, k, v, mask[:, :, read], dropout)
@@ -223,7 +223,7 @@ class DecisionTransformer(nn.Module):
     kind = "dt"
 
     def __init__(self, obs_dim, act_dim, embed_dim=512, n_layers=4, n_heads=4, kind="dt", dropout=0.0):
-        """kind: not read, a checkpoint's sizes say it."""
+        """kind: not read; it is among a checkpoint's sizes, where load_model looks at it."""
         super().__init__()
         self.act_dim = act_dim
         self.dropout = dropout
@@ -255,19 +255,18 @@ class DecisionTransformer(nn.Module):
         return (causal & visible) | itself
 
     def forward(self, observations, returns, actions, real, every_step: bool = False) -> Normal:
-        """Law of u at a window's last step, (B, A), or at every step, (B, K, A); the action is tanh(u).
+        """Distribution of u at a window's last step, (B, A), or at every step, (B, K, A); the action is tanh(u).
 
         observations (B, K, S) and returns (B, K): raw. actions (B, K, A) in [-1, 1]; the last one is not read.
         real (B, K): False where a step is left padding.
         """
         n_tokens = 3 * returns.shape[1] - 1  # none for the last action, which is yet to be chosen
-        dropout = self.dropout if self.training else 0.0
         s = self.embed_observation((observations - self.obs_mean) / self.obs_std)  # (B, K, E)
         g = self.embed_return((returns * self.return_scale)[..., None])  # (B, K, E)
         a = self.embed_action(actions)  # (B, K, E)
-        tokens = [g, s, a][:n_tokens]  # at context 1 without a, whose weights then have no gradient
+        tokens = [g, s, a][:n_tokens]  # n_tokens = 2 at context 1: no a, no gradient for its weights
         x = torch.stack(tokens, dim=2).flatten(1, 2)[:, :n_tokens]  # (B, L, E); no positional embedding (B.1)
-        x = F.dropout(self.norm_in(x), dropout)
+        x = F.dropout(self.norm_in(x), self.dropout, self.training)
         mask = self.attention_mask(real, n_tokens)
         read = slice(1, None, 3) if every_step else slice(-1, None)  # the state tokens that actions are read from
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):  # departure (6)
@@ -290,7 +289,8 @@ class DecisionTransformer(nn.Module):
 
 
 class Steps(NamedTuple):
-    """N rollouts of T steps side by side, behind the K - 1 steps before them: the window of step t is [t, t + K)."""
+    """N rollouts of T steps side by side, behind the K - 1 steps before them: the window of step t is [t, t + K). The
+    first four fields are what the network reads, in the order in which `forward` takes them."""
 
     observations: np.ndarray  # (N, K - 1 + T, S)
     returns: np.ndarray  # (N, K - 1 + T) the return-to-go that the action was conditioned on, raw
@@ -308,10 +308,10 @@ def rollout(policy, sims, observations, g, noise, last, past=None, context=1, sn
     """Play `sims` side by side from `observations` (N, S) at returns-to-go g (N,), row i for last[i] steps at most.
 
     noise (N, L, A): the first L steps sample, those after them take the mean action; L = 0 is an evaluation.
-    past: the K - 1 steps before, as the first four fields of Steps [None: padding].
+    past: the K - 1 steps before, as the first four fields of Steps [None: padding]. snapshots: keep sims.states too.
     """
     n, sampled, act_dim = noise.shape
-    front = context - 1
+    front = context - 1  # columns before step 0
     total = int(last.max())
     device = policy.obs_mean.device
     g = g.astype(np.float64)  # astype copies: the caller's arrays stay as they are
@@ -325,14 +325,14 @@ def rollout(policy, sims, observations, g, noise, last, past=None, context=1, sn
         rewards=np.zeros((n, total)),
         snapshots=np.zeros((n, total, sims.states.shape[1]) if snapshots else (n, 0, 0)),
         terminated=np.zeros(n, bool),
-        last_observation=observations,
+        last_observation=observations,  # the array that the loop below keeps up to date
     )
     for field, before in zip(steps, past or ()):
         field[:, :front] = before
     alive = np.arange(n)
-    with torch.autocast(device.type, enabled=False):  # a bracket, so that the blocks' bf16 weights are made once
+    with torch.autocast(device.type, enabled=False):  # the outermost autocast keeps the bf16 copies of weights
         for t in range(total):
-            now = (alive, front + t)
+            now = (alive, front + t)  # rows and column of this step
             steps.observations[now] = observations[alive]
             steps.returns[now] = g[alive]
             steps.real[now] = True
@@ -340,7 +340,7 @@ def rollout(policy, sims, observations, g, noise, last, past=None, context=1, sn
                 steps.snapshots[alive, t] = sims.states[alive]
             window = [torch.from_numpy(field[alive, t : t + context]).to(device) for field in steps[:4]]
             window[1] = policy.conditioned_on(*window)
-            steps.returns[now] = window[1][:, -1].cpu()
+            steps.returns[now] = window[1][:, -1].cpu()  # g itself, unless the model predicts its own
             dist = policy(*window)
             u = dist.mean
             if t < sampled:
@@ -502,13 +502,15 @@ def main(args: Args) -> Path:
         if args.save_data:
             save_data(run_dir / "data.npz", data)
         begun, first = time.perf_counter(), step
+        due = time.time() + 5  # when the console has its next line, beside those of the rows
         while step < args.updates:
             step += 1
             rng = np.random.default_rng([args.seed, step])  # of all that is drawn in this update
             learner.update(data, rng)
             if step % args.log_every and step < args.updates:
-                if time.time() > log.due:
+                if time.time() > due:
                     log.tell({"iteration": step} | learner.metrics())
+                    due = time.time() + 30
                 continue
             row = {"iteration": step} | learner.metrics()  # ends the run where a loss is not finite
             if step % args.log_every == 0:
@@ -516,6 +518,7 @@ def main(args: Args) -> Path:
                 log.add(row | {"time/iteration": seconds})
                 learner.logged.clear()
                 begun, first = time.perf_counter(), step
+                due = time.time() + 30
             content = dict(iteration=step, rows=log.rows, weights=model.state_dict(), learner=learner.state())
             save_checkpoint(run_dir / "checkpoint.pt", facts | content)
         # the closing row is not among the checkpoint's: a run that goes on to more updates has it at its new end
@@ -656,7 +659,7 @@ def make_env(env_id: str, env_kwargs: dict, render_mode: str | None = None) -> g
     if env.spec.max_episode_steps is None:
         die(f"{env_id} has no time limit, so an episode might never end: register it with max_episode_steps.")
     env = D4RLRules(env)
-    env.kwargs = env_kwargs  # for twins
+    env.kwargs = env_kwargs  # for whoever makes the same environment again
     try:  # a step, for the old API and whatever a task's own code raises
         first, _ = env.reset(seed=0)
         following = env.step(actions.high)[0]
@@ -1168,7 +1171,6 @@ class Log:
         self.path = run_dir / "metrics.csv"
         self.total, self.rows, self.shown, self.lines = total, rows, [], 0
         self.begun = time.time()
-        self.due = self.begun + 5  # when pretraining has its next line, beside those of its rows
         self.first = rows[-1]["iteration"] if rows else 0
         packages = ("torch", "numpy", "gymnasium", "mujoco", "gymnasium-robotics", "minari")
         installed = {each.name: each.version for each in importlib.metadata.distributions()}
@@ -1223,7 +1225,6 @@ class Log:
             print("iteration".rjust(13) + "".join(CONSOLE[name][0].rjust(8) for name in names), flush=True)
         self.lines, self.shown = self.lines + 1, names
         print(console_line(row, names, self.total, left), flush=True)
-        self.due = time.time() + 30
 
     def write(self) -> None:
         """metrics.csv, whole; its columns are the names of all rows so far."""

@@ -51,7 +51,7 @@ from q_guided_grpo_dt import ACTION_LIMIT, DatasetKind, Trajectory, Transitions,
 
 @dataclass
 class Args:
-    """IQL, offline and then online. Fields left at None take the task's row."""
+    """IQL, offline and then online. Numbers left at None take the task's row."""
 
     env_id: str = "Hopper-v5"  # an environment of gymnasium, gymnasium-robotics, or MODULE:ID of your own
     env_kwargs: str | None = None  # its arguments as JSON: '{"healthy_reward": 2.0}' [None: the data's or checkpoint's]

@@ -61,7 +61,7 @@ from q_guided_grpo_dt import paper_row as critic_row
 
 @dataclass
 class Args:
-    """Finetune a pretrained Decision Transformer by ODT. Fields left at None take the task's row."""
+    """Finetune a pretrained Decision Transformer by ODT. Numbers left at None take the task's row."""
 
     env_id: str = "Hopper-v5"  # an environment of gymnasium, gymnasium-robotics, or MODULE:ID of your own
     env_kwargs: str | None = None  # its arguments as JSON: '{"healthy_reward": 2.0}' [None: the data's or checkpoint's]
