@@ -104,7 +104,7 @@ class Args:
 
     # Advantage and update
     delta_r: float | None = None  # Delta_r: members this close to the group's mean leave [discounted reward]
-    one_scale: bool = False  # not the paper's: all advantages in units of one standard deviation
+    one_scale: int = 0  # not the paper's: for so many iterations, from the first, all groups' advantages have one scale
     buffer_size: int = 2048  # sub-trajectories kept, first in, first out
     n_batch: int | None = None  # sub-trajectories per minibatch
     n_minibatches: int = 8  # gradient updates per iteration [not in the paper]
@@ -678,7 +678,7 @@ def main(args: Args) -> Path:
             steps, scores = rollout_groups(model, sims, members, args, rng)  # line 6
             clock += [time.perf_counter(), sims.seconds]
             advantages, keep = group_advantages(scores, args.group_size, args.delta_r)  # line 7
-            if args.one_scale:
+            if iteration <= args.one_scale:
                 advantages = on_one_scale(advantages, scores, args.group_size)
             reached = hindsight_returns(steps, members, sims.limit, args) if args.hindsight else None
             if keep.any():
@@ -1509,7 +1509,7 @@ def eval_only(args: Args, players) -> None:
 
 # Fields of all scripts here.
 MAY_BE_ZERO = ("seed", "l_eval", "delta_r", "beta", "weight_decay", "kappa_lr", "workers", "dropout", "gae_lambda")
-MAY_BE_ZERO += ("value_warmup", "critic_warmup", "target_noise", "target_noise_clip")
+MAY_BE_ZERO += ("value_warmup", "critic_warmup", "target_noise", "target_noise_clip", "one_scale")
 UP_TO_ONE = ("gamma", "gae_lambda", "tau", "dropout")
 ANY_SIGN = ("g_online", "g_eval")
 

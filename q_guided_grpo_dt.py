@@ -1439,7 +1439,7 @@ def eval_only(args: Args, players) -> None:
 
 # Fields of all scripts here.
 MAY_BE_ZERO = ("seed", "l_eval", "delta_r", "beta", "weight_decay", "kappa_lr", "workers", "dropout", "gae_lambda")
-MAY_BE_ZERO += ("value_warmup", "critic_warmup", "target_noise", "target_noise_clip")
+MAY_BE_ZERO += ("value_warmup", "critic_warmup", "target_noise", "target_noise_clip", "one_scale")
 UP_TO_ONE = ("gamma", "gae_lambda", "tau", "dropout")
 ANY_SIGN = ("g_online", "g_eval")
 

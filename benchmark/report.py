@@ -230,7 +230,8 @@ def settings_that_differ(method: str, task: str, kind: str, args: dict) -> str:
         number = isinstance(ours, int | float)
         if ours is not None and not (number and math.isclose(ours, paper)):
             said = f"{ours:g}" if number else f"{ours!r}"
-            parts.append(name if paper is False else f"{name} {said} ({paper:g})")
+            flag = name if ours is True else f"{name} {said}"
+            parts.append(flag if paper is False else f"{name} {said} ({paper:g})")
     halved = method not in ("pretrain_dt", *BASELINES) and task not in ("Door", "Pen", "Hammer")
     if halved and "g_online" in args and args.get("g_eval") in (None, args["g_online"]):
         parts.append("evaluated at g_online")

@@ -290,8 +290,8 @@ def test_settings_are_held_against_the_papers_tables():
         differs("q_guided_grpo_dt", "AntMaze", "umaze", gamma=0.99, tau=0.05) == "gamma 0.99 (0.998), tau 0.05 (0.005)"
     )
     assert differs("ppo_dt", "Hopper", "random", hindsight=True, token_ratio=False) == "hindsight"
-    assert differs("grpo_dt", "Hopper", "random", one_scale=True, anneal_lr=True) == "one_scale, anneal_lr"
-    assert differs("grpo_dt", "Hopper", "random", one_scale=False, anneal_lr=False) == ""
+    assert differs("grpo_dt", "Hopper", "random", one_scale=60, anneal_lr=True) == "one_scale 60, anneal_lr"
+    assert differs("grpo_dt", "Hopper", "random", one_scale=0, anneal_lr=False) == ""
     for old, new in (({"token_ratio": True}, "token"), ({"geometric_mean": True}, "geometric"), ({}, "sequence")):
         said = differs("grpo_dt", "Hopper", "random", **hopper(lr=1e-4, ratio=new))
         assert said == differs("grpo_dt", "Hopper", "random", **hopper(lr=1e-4, **old))

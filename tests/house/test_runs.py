@@ -401,15 +401,17 @@ def test_the_rate_falls_linearly_over_the_iterations_asked_for(split, resume, mo
 
 
 @GRPO_ALONE
-def test_on_one_scale_groups_of_different_spread_have_advantages_of_different_size(split, resume):
+def test_in_the_iterations_of_one_scale_groups_of_different_spread_have_advantages_of_different_size(split, resume):
     def sizes():
         buffer = grpo.SubTrajectories(*load(run_dir)["learner"]["buffer"])
         return (buffer.advantage[-16:].reshape(4, 4) ** 2).mean(1)  # the last iteration's four groups
 
     run_dir = split(1)
     torch.testing.assert_close(sizes(), torch.ones(4), rtol=1e-4, atol=0)
-    resume(run_dir, "--one-scale", "--iterations", 2)
+    resume(run_dir, "--one-scale", 2, "--iterations", 2)
     assert sizes().mean().item() == pytest.approx(1.0, rel=1e-4) and sizes().max() / sizes().min() > 1.5
+    resume(run_dir, "--iterations", 3)  # beyond the iterations of --one-scale: Eq. 2's scales again
+    torch.testing.assert_close(sizes(), torch.ones(4), rtol=1e-4, atol=0)
 
 
 def test_other_flags_given_with_resume_hold_from_there_on(whole, split, resume):
