@@ -1,7 +1,7 @@
 """PPO-DT: online finetuning of a Decision Transformer with PPO's gradients alone.
 
   "Online Finetuning Decision Transformers with Pure RL Gradients" (Luo & Zhu), Algorithm 2, Table 7
-  1. roll out K_PPO trajectories at return-to-go g_online; first in, first out for four iterations (line 2)
+  1. roll out K_PPO trajectories at return-to-go g_online; those of the last four iterations stay  (line 2)
   2. advantage of every step kept: GAE with the current value network (Eq. 4)                     (line 3)
   3. draw sub-trajectories of c_train steps, normalise their advantages over the batch            (lines 4, 5)
   4. clipped policy gradient on the importance ratio of each step (Eq. 5)                         (line 6)
@@ -75,7 +75,7 @@ class Args:
     pretrained: str | None = None  # run folder of pretrain_dt.py [None: made from random data, in minutes]
     dataset_kind: DatasetKind | None = None  # kind of data, picks the paper's row [None: the checkpoint's]
     embed_dim: int = 512  # E, width of the transformer that is made where --pretrained is left out
-    iterations: int = 500  # T of Algorithm 2
+    iterations: int = 500  # T of Algorithm 2 [not in the paper]
     small: bool = False  # take the settings for a laptop (SMALL) where no flag says otherwise
     seed: int = 1  # seed of every random stream
 
@@ -89,7 +89,7 @@ class Args:
     c_online: int | None = None  # context length [steps]
 
     # Update
-    c_train: int | None = None  # c_train: steps per sub-trajectory
+    c_train: int | None = None  # c_train: steps per sub-trajectory [not in the paper]
     n_batch: int | None = None  # sub-trajectories per minibatch
     n_minibatches: int = 8  # gradient updates per iteration [not in the paper]
     epsilon: float | None = None  # clipping range of the importance ratio
@@ -102,10 +102,10 @@ class Args:
     kappa_lr: float = 1e-4  # Adam's learning rate on log kappa
 
     # Value network
-    value_dim: int | None = None  # width of its two hidden layers
-    value_norm: bool | None = None  # LayerNorm before its activations
-    lr_value: float | None = None  # lr_value, of AdamW
-    value_warmup: int = 200  # its updates on the first trajectories' discounted returns, before anything else
+    value_dim: int | None = None  # width of the value network's two hidden layers
+    value_norm: bool | None = None  # LayerNorm before the value network's activations
+    lr_value: float | None = None  # learning rate of the value network, of AdamW
+    value_warmup: int = 200  # updates of the value network on the first trajectories' returns, before anything else
 
     # Ablation
     hindsight: bool = False  # Fig. 1: new log-probabilities see the returns that were reached
@@ -123,11 +123,12 @@ class Args:
     track: bool = False  # also log to Weights & Biases (needs wandb)
 
 
-# Table 7, what its caption says of all rows, and what Table 5 and the text say of locomotion and of the others. Keys:
+# Table 7 and its caption (epsilon, gamma, lambda); size and norm of the value network: Table 5 and Appendix B.1. The
+# paper gives c_train no value: here it is Table 7's c_offline, but 5, not 1, in AntMaze diverse. Keys:
 # task_of(environment id), kind of data.
 COLUMNS = ("n_batch", "c_online", "g_online", "n_trajectories", "lr", "lr_value", "kappa_initial")
 COLUMNS += ("c_train", "value_dim", "value_norm", "epsilon", "gamma", "gae_lambda")
-LOCOMOTION = (20, 256, False, 0.2, 0.99, 0.95)
+LOCOMOTION = (20, 256, False, 0.2, 0.99, 0.95)  # the second line of COLUMNS
 OTHERS = (5, 512, True, 0.2, 0.99, 0.95)
 ROWS = {
     ("Hopper", "medium"): (256, 1, 7200.0, 8, 5e-5, 1e-3, 0.02, *LOCOMOTION),
@@ -447,7 +448,8 @@ def gae(rewards: np.ndarray, values: np.ndarray, terminated: bool, gamma: float,
 
 
 class Batch(NamedTuple):
-    """Sub-trajectories of L steps behind the K - 1 steps before them, windows as in Steps. Or M steps in one row."""
+    """Sub-trajectories of L steps behind the K - 1 steps before them, windows as in Steps. What
+    all_steps gives holds all M steps that are kept, in one row: (M, ...) each."""
 
     observations: torch.Tensor  # (B, K - 1 + L, S)
     returns: torch.Tensor  # (B, K - 1 + L) raw; under --hindsight those that were reached
@@ -456,7 +458,7 @@ class Batch(NamedTuple):
     u: torch.Tensor  # (B, L, A)
     old_log_prob: torch.Tensor  # (B, L)
     advantage: torch.Tensor  # (B, L) of Eq. 4, not normalised
-    value_target: torch.Tensor  # (B, L)
+    value_target: torch.Tensor  # (B, L) V_target of Eq. 6
 
 
 def windows(steps: torch.Tensor, context: int) -> torch.Tensor:
@@ -481,7 +483,7 @@ def ppo_loss(model, reference, sub: Batch, kappa: torch.Tensor, args: Args) -> t
     real = sub.real[:, -sub.u.shape[1] :]  # (B, L) of the sampled steps, without the K - 1 before them
     mean = masked_mean(sub.advantage, real)
     std = masked_mean((sub.advantage - mean) ** 2, real).sqrt()
-    advantage = (sub.advantage - mean) / (std + 1e-8)  # (B, L), line 5
+    advantage = (sub.advantage - mean) / (std + 1e-8)  # (B, L), line 5: normalised over the batch
     dist = distribution(model, sub)
     log_ratio = (log_prob(dist, sub.u) - sub.old_log_prob) * real  # (B, L), one per step
     ratio = log_ratio.clamp(-20.0, 20.0).exp()  # departure (2)
@@ -504,16 +506,16 @@ class PPOLearner:
     """Networks, reference, optimisers, entropy dual and buffer: all that an iteration's updates change."""
 
     def __init__(self, model: DecisionTransformer, args: Args):
-        device = model.obs_mean.device
         self.model = model.eval()  # no dropout in finetuning (Table 5)
         self.args = args
+        self.device = model.obs_mean.device
         self.updates = 0
         self.reference = copy.deepcopy(model).requires_grad_(False)
         self.optimizer = Lamb(model.parameters(), args.lr, args.weight_decay)
-        self.log_kappa = torch.tensor(math.log(args.kappa_initial), device=device, requires_grad=True)
+        self.log_kappa = torch.tensor(math.log(args.kappa_initial), device=self.device, requires_grad=True)
         self.dual = torch.optim.Adam([self.log_kappa], lr=args.kappa_lr)
         torch.manual_seed(args.seed)  # of the value network's weights
-        self.value = ValueNetwork(model, args.value_dim, args.value_norm).to(device)
+        self.value = ValueNetwork(model, args.value_dim, args.value_norm).to(self.device)
         self.value_optimizer = torch.optim.AdamW(self.value.parameters(), args.lr_value)
         self.replay: list[tuple[Trajectory, np.ndarray]] = []  # with old log-probabilities (T,)
 
@@ -522,10 +524,10 @@ class PPOLearner:
         """Line 2: the trajectories enter the buffer, the first ones in it leave."""
         for trajectory in trajectories:
             length = len(trajectory.rewards)
-            after = -length % 128  # padding: on a CPU each number of rows costs 3 MB of bf16 kernels, so few of them
+            after = -length % 128  # padding: on a CPU each new number of rows costs 3 MB of bf16 kernels for good
             fields = [torch.from_numpy(pad(field, 0, after))[None] for field in trajectory[:5]]
             empty = torch.zeros(1, length + after)
-            sub = Batch(*(field.to(self.log_kappa.device) for field in fields), empty, empty, empty)  # of T steps
+            sub = Batch(*(field.to(self.device) for field in fields), empty, empty, empty)  # of T steps
             # departure (4): by the update's own forward, so that before the first step the ratio is 1
             old_log_prob = log_prob(distribution(self.model, sub), sub.u)  # (1, T), then padding
             self.replay.append((trajectory, old_log_prob[0, :length].cpu().numpy()))
@@ -535,20 +537,20 @@ class PPOLearner:
     def all_steps(self, lam: float) -> Batch:
         """Line 3: every step kept with its advantage, in one row (M, ...): each trajectory between K - 1 steps of
         padding and L - 1 more, so that a sub-trajectory and its windows are slices."""
-        args, device = self.args, self.log_kappa.device
+        args, device = self.args, self.device
         front, back = args.c_online - 1, args.c_train - 1
-        rows = []
+        pieces = []  # the fields of each trajectory
         for trajectory, old_log_prob in self.replay:
             states = np.vstack([trajectory.observations[front:], trajectory.last_observation]).astype(np.float32)
             values = self.value(torch.from_numpy(states).to(device)).cpu().numpy()  # (T + 1,)
             advantage = gae(trajectory.rewards, values, trajectory.terminated, args.gamma, lam)
-            target = advantage + values[:-1]  # of Eq. 6
+            target = advantage + values[:-1]  # V_target of Eq. 6
             observations, returns, actions, real, u = trajectory[:5]
             if args.hindsight:
                 returns = np.pad(trajectory.rewards, (front, 0))[::-1].cumsum()[::-1]  # those that were reached
-            seen = [pad(field, 0, back) for field in (observations, returns, actions, real)]
-            rows.append(seen + [pad(field, front, back) for field in (u, old_log_prob, advantage, target)])
-        flat = [torch.from_numpy(np.concatenate(field)).to(device) for field in zip(*rows)]
+            seen = [pad(field, 0, back) for field in (observations, returns, actions, real)]  # with padding in front
+            pieces.append(seen + [pad(field, front, back) for field in (u, old_log_prob, advantage, target)])
+        flat = [torch.from_numpy(np.concatenate(field)).to(device) for field in zip(*pieces)]
         return Batch(*(field.float() if field.is_floating_point() else field for field in flat))
 
     def draw(self, flat: Batch, rng: np.random.Generator) -> Batch:
@@ -603,7 +605,7 @@ class PPOLearner:
             values["value_loss"] = self.update_value(sub)
             logged.append({name: value.detach() for name, value in values.items()})
         losses = mean_losses(logged)
-        target = flat.value_target[flat.real]
+        target = flat.value_target[flat.real]  # advantage + value, both from before these updates
         unexplained = flat.advantage[flat.real].var() / target.var().clamp(min=1e-8)
         return losses | {"losses/explained_variance": 1.0 - unexplained.item()}
 

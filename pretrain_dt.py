@@ -110,8 +110,9 @@ class Args:
 
 
 # Updates and learning rates are ODT+TD3's (Yan et al. 2024), to which the paper's Appendix B.1 defers; contexts are
-# those of Table 6. g_eval is the return-to-go that evaluations begin at: ODT's and ODT+TD3's, for Adroit the paper's.
-# Relocate and HalfCheetah are not in the paper: ODT+TD3's too, but for a context of 1. Keys: task_of(id).
+# those of Table 6. g_eval is the return-to-go that evaluations begin at: ODT's, for door, pen and hammer the paper's
+# g_online. Relocate and HalfCheetah are not in the paper: ODT+TD3's, but for a context of 1. Keys: task_of(id), and for
+# AntMaze the kind of data.
 COLUMNS = ("updates", "lr", "c_offline", "c_online", "g_eval")
 ROWS = {
     "Hopper": (5_000, 1e-4, 20, 1, 3600.0),
@@ -130,8 +131,8 @@ SMALL = dict(embed_dim=128, c_offline=1, updates=4_000, lr=1e-3)
 
 
 def fill_from_row(args: Args, best_return: float) -> None:
-    """Fill the fields that are None from the task's row, and print what is in use. Outside the table that is Hopper's
-    row, and g_eval the best return of the dataset."""
+    """Fill the fields that are None, dataset_kind from the dataset's name and the others from the task's row, and print
+    what is in use. Outside the table that is Hopper's row, and g_eval the best return of the dataset."""
     task = task_of(args.env_id)
     if args.dataset_kind is None:
         name = Path(args.dataset).name.lower().replace("_", "-")
@@ -142,14 +143,13 @@ def fill_from_row(args: Args, best_return: float) -> None:
     row = dict(zip(COLUMNS, ROWS.get(key, ROWS["Hopper"])))
     if key not in ROWS:
         row["g_eval"] = best_return
-    if args.warmup is None:
-        # LAMB moves a tensor by about lr of its norm per update: 2,000 updates under a warm-up of 10,000 would
-        # move it by 2 %, and the network would still be the untrained one. Departure (4).
-        full = args.updates is None or args.updates >= row["updates"]
-        args.warmup = 10_000 if full else max(1, args.updates // 10)
     for name, value in row.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.warmup is None:
+        # LAMB moves a tensor by about lr of its norm per update: 2,000 updates under a warm-up of 10,000 would
+        # move it by 2 %, and the network would still be the untrained one. Departure (4).
+        args.warmup = 10_000 if args.updates >= row["updates"] else max(1, args.updates // 10)
     values = ", ".join(f"{name} {getattr(args, name):g}" for name in (*COLUMNS, "warmup"))
     source = f"row {key}" if key in ROWS else "row outside the table"
     print(f"{source} ({args.dataset_kind} data): {values}", flush=True)
@@ -401,6 +401,7 @@ def draw_windows(data: Dataset, context: int, size: int, rng: np.random.Generato
     offset = np.arange(context) - (context - length)[:, None]  # (B, K) negative: padding
     real = offset >= 0
     index = first[:, None] + offset.clip(min=0)
+    # padding is zero, but for actions, which nothing reads there
     fields = [data.observations[index] * real[..., None], data.returns[index] * real, data.actions[index], real]
     return Windows(*(torch.from_numpy(field) for field in fields))
 
@@ -427,17 +428,18 @@ class Learner:
     def __init__(self, model: DecisionTransformer, args: Args):
         self.model = model.train()
         self.args = args
+        self.device = model.obs_mean.device
         self.updates = 0
         self.optimizer = Lamb(model.parameters(), args.lr, args.weight_decay)
-        self.log_kappa = torch.tensor(math.log(args.kappa_initial), device=model.obs_mean.device, requires_grad=True)
+        self.log_kappa = torch.tensor(math.log(args.kappa_initial), device=self.device, requires_grad=True)
         self.dual = torch.optim.Adam([self.log_kappa], lr=args.kappa_lr)
         self.logged: list[dict[str, torch.Tensor]] = []  # the values of each update since the last row
 
     def update(self, data: Dataset, rng: np.random.Generator) -> None:
         """A gradient step."""
-        args, device = self.args, self.log_kappa.device
-        fields = draw_windows(data, args.c_offline, args.batch_size, rng)
-        windows = Windows(*(field.to(device) for field in fields))
+        args = self.args
+        drawn = draw_windows(data, args.c_offline, args.batch_size, rng)
+        windows = Windows(*(field.to(self.device) for field in drawn))
         torch.manual_seed(int(rng.integers(2**31)))  # of dropout and the entropy's samples
         kappa = self.log_kappa.exp()
         loss, values = pretrain_loss(self.model, windows, kappa.detach())
@@ -445,7 +447,7 @@ class Learner:
         loss.backward()
         values["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
         self.updates += 1
-        self.optimizer.param_groups[0]["lr"] = args.lr * min(self.updates / args.warmup, 1.0)
+        self.optimizer.param_groups[0]["lr"] = args.lr * min(self.updates / args.warmup, 1.0)  # linear warm-up
         self.optimizer.step()
         # the dual of H >= rho, rho = -dim A: min over kappa >= 0 of kappa (H - rho)
         self.dual.zero_grad()
@@ -471,7 +473,7 @@ class Learner:
         self.dual.param_groups[0]["lr"] = self.args.kappa_lr
         self.log_kappa.data.copy_(state["log_kappa"])
         self.updates = state["updates"]
-        self.logged = [{name: v.to(self.log_kappa.device) for name, v in values.items()} for values in state["logged"]]
+        self.logged = [{name: v.to(self.device) for name, v in values.items()} for values in state["logged"]]
 
 
 # ---- 6. Pretraining -------------------------------------------------------------------------------------------------
@@ -501,13 +503,13 @@ def main(args: Args) -> Path:
     with Environments(env, args.eval_episodes) as sims, Log(run_dir, args, args.updates, rows) as log:
         if args.save_data:
             save_data(run_dir / "data.npz", data)
-        begun, first = time.perf_counter(), step
+        begun, first = time.perf_counter(), step  # when the row to come was begun, and after which update
         due = time.time() + 5  # when the console has its next line, beside those of the rows
         while step < args.updates:
             step += 1
             rng = np.random.default_rng([args.seed, step])  # of all that is drawn in this update
             learner.update(data, rng)
-            if step % args.log_every and step < args.updates:
+            if step % args.log_every and step < args.updates:  # neither a row nor a checkpoint
                 if time.time() > due:
                     log.tell({"iteration": step} | learner.metrics())
                     due = time.time() + 30
@@ -751,7 +753,7 @@ UMAZE = [[1, 1, 1, 1, 1], [1, "r", 0, 0, 1], [1, 1, 1, 0, 1], [1, "g", 0, 0, 1],
 
 
 class Dataset(NamedTuple):
-    """Whole trajectories, one after the other: N steps in M trajectories. So it is kept in data.npz."""
+    """Whole trajectories, one after the other: N steps in M trajectories. The arrays of data.npz, under their names."""
 
     observations: np.ndarray  # (N, S) float32
     actions: np.ndarray  # (N, A) float32, in [-ACTION_LIMIT, ACTION_LIMIT]
@@ -761,7 +763,7 @@ class Dataset(NamedTuple):
     terminated: np.ndarray  # (M,) whether the task ended it, not a time limit
 
     def best_return(self) -> float:
-        """Of its trajectories."""
+        """The largest of its trajectories."""
         return self.returns[np.cumsum(self.lengths) - self.lengths].max().item()
 
 
@@ -848,8 +850,8 @@ def cut_trajectories(raw: RawData, task: str, drop_last: bool = False) -> list[s
     ends = np.flatnonzero(raw.terminals.astype(bool) | raw.timeouts.astype(bool)) + 1
     pieces = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends)]
     if task == "AntMaze":
-        first = [np.flatnonzero(raw.rewards[piece] >= 1.0)[:1] for piece in pieces]
-        pieces = [slice(p.start, p.start + f[0] + 1) if len(f) else p for p, f in zip(pieces, first)]
+        goals = [np.flatnonzero(raw.rewards[piece] >= 1.0) for piece in pieces]  # its steps at the goal
+        pieces = [slice(p.start, p.start + g[0] + 1) if len(g) else p for p, g in zip(pieces, goals)]
         pieces = [piece for piece in pieces if piece.stop - piece.start > 1]
     return pieces[:-1] if drop_last else pieces
 
@@ -897,7 +899,7 @@ def check_data(raw: RawData, name: str, env: gym.Env) -> None:
 
 
 def collect_random(args: Args, env: gym.Env) -> RawData:
-    """Uniformly random actions in a twin of `env`, so that evaluations find that as it was made. Departure (5)."""
+    """Uniformly random actions in a twin of `env`, so that evaluations find `env` as it was made. Departure (5)."""
     rng = np.random.default_rng([args.seed, 0])
     twin, space = make_env(env.spec.id, env.kwargs), env.action_space
     observation, _ = twin.reset(seed=int(rng.integers(2**31)))
@@ -1012,8 +1014,8 @@ def open_minari(dataset_id: str):
 
 
 def choose_kwargs(args: Args) -> dict:
-    """The environment's arguments: D4RL's umaze for UMaze ids, those of the Minari dataset, those of --env-kwargs, the
-    later before the earlier. A run that goes on keeps its own."""
+    """The environment's arguments: D4RL's umaze for UMaze ids, those of the Minari dataset, those of --env-kwargs. Each
+    overrides those before it. A run that goes on keeps its own."""
     if args.resume:
         return env_kwargs_of(args, load_checkpoint(args.resume)["env_kwargs"])
     umaze = task_of(args.env_id) == "AntMaze" and "_UMaze-" in args.env_id

@@ -13,13 +13,13 @@ Departures from the paper (docs/q_guided_grpo_dt.md explains each under the same
   (2) the log-ratio of an action is kept within +-20 before exp, so that no ratio overflows
   (3) old log-probabilities are computed by the update's own forward when a candidate enters the buffer
   (4) TD3's delay: the critic's updates come in a block before the policy's, so it only paces the target networks
-  (5) target actions are sampled, in rollouts under the stored return-to-go; ODT+TD3's actor does neither
+  (5) target actions are sampled, and for rollouts at the return-to-go that was asked for; ODT+TD3 does neither
   (6) the last transition of an offline trajectory that a time limit ended is left out: its next state is not kept
   (7) matrix products in bf16 where the hardware has units for it; residual stream, norms, heads, losses in fp32
   (8) D4RL's rules are put back where gymnasium-robotics 1.4.2 differs (docs/datasets.md)
   (9) the first iteration rolls out as many full trajectories as it draws, not one: else all groups start in one fall
 
-Small:   python q_guided_grpo_dt.py --env-id Hopper-v5 --embed-dim 128 --tau 0.05 --critic-warmup 2000 --iterations 30
+Laptop:  python q_guided_grpo_dt.py --env-id Hopper-v5 --embed-dim 128 --tau 0.05 --critic-warmup 2000 --iterations 30
 In full: python q_guided_grpo_dt.py --env-id Hopper-v5 --pretrained runs/NAME    (of pretrain_dt.py --save-data)
 """
 
@@ -143,11 +143,12 @@ class Args:
             die(f"--group-size is {self.group_size}: an advantage is relative to a group, give 2 or more.")
 
 
-# Table 6 and Appendix B.1; for the critic ODT+TD3's settings and Table 5. Keys: task_of(environment id), kind of data.
+# Table 6 and Appendix B.1, but for delta_r, which is ours; for the critic ODT+TD3's settings and Table 5. Keys:
+# task_of(environment id), kind of data.
 COLUMNS = ("n_batch", "c_online", "g_online", "epsilon", "n_trajectories", "delta_r", "lr", "kappa_initial")
 COLUMNS += ("gamma", "critic_dim", "critic_norm", "lr_critic", "policy_delay", "reward_divisor")
-EVERYWHERE = (0.0, 1e-5, 1e-2)
-WALKERS = (*EVERYWHERE, 0.99, 256, False, 1e-3, 2, 1.0)
+EVERYWHERE = (0.0, 1e-5, 1e-2)  # delta_r, lr, kappa_initial
+WALKERS = (*EVERYWHERE, 0.99, 256, False, 1e-3, 2, 1.0)  # from 0.99 on: the second line of COLUMNS
 HANDS = (*EVERYWHERE, 0.99, 512, True, 2e-4, 1, 100.0)
 HAMMERS = (*EVERYWHERE, 0.99, 512, True, 2e-4, 1, 1000.0)
 MAZES = (*EVERYWHERE, 0.998, 512, True, 2e-4, 1, 1.0)
@@ -309,7 +310,7 @@ class TwinCritic(nn.Module):
         super().__init__()
         self.register_buffer("obs_mean", model.obs_mean.clone())
         self.register_buffer("obs_std", model.obs_std.clone())
-        self.networks = nn.ModuleList()
+        self.networks = nn.ModuleList()  # Q1, Q2
         for _ in range(2):
             layers, size = [], len(model.obs_mean) + model.act_dim
             for _ in range(2):
@@ -468,7 +469,7 @@ def lay_out(context, lengths, observations, returns, actions, rewards, terminate
     Two trajectories at K = 3, s' the state after the last step:  . . s0 s1 s'  . . s0 s1 s2 s'
     """
     number = np.repeat(np.arange(len(lengths)), lengths)  # (N,) which trajectory a step belongs to
-    slots = np.arange(len(rewards)) + context * number + context - 1  # (N,)
+    slots = np.arange(len(rewards)) + context * number + context - 1  # (N,) K slots a trajectory beside its steps
     lasts = np.cumsum(lengths) - 1  # (n,) last steps
     total = len(rewards) + context * len(lengths)  # M
 
@@ -479,19 +480,18 @@ def lay_out(context, lengths, observations, returns, actions, rewards, terminate
         out[slots[lasts] + 1] = after
         return torch.from_numpy(out)
 
-    step = np.ones(len(rewards), bool)
-    over = np.zeros(len(rewards), bool)
-    over[lasts] = terminated
-    usable = step.copy()
+    ended = np.zeros(len(rewards), bool)
+    ended[lasts] = terminated
+    usable = np.ones(len(rewards), bool)
     if last is None:
         usable[lasts] = terminated  # departure (6)
     return Transitions(
         observations=spread(observations, 0.0 if last is None else last),
         returns=spread(returns, returns[lasts] - rewards[lasts]),  # g_{h+1} = g_h - r_h
         actions=spread(actions, 0.0),
-        real=spread(step, True),
+        real=spread(np.ones(len(rewards), bool), True),
         rewards=spread(rewards, 0.0),
-        terminated=spread(over, False),
+        terminated=spread(ended, False),
         usable=spread(usable, False),
     )
 
@@ -523,7 +523,7 @@ def choose_states(policy, replay: list[Trajectory], args: Args, rng: np.random.G
     """Lines 3 and 5: trajectories in proportion to length, with replacement; steps in each by softmax(sigma_h^2). A
     pair (trajectory, step) for each of the N candidates: G times the same one, group after group."""
     lengths = np.array([len(trajectory.rewards) for trajectory in replay])
-    sources = rng.choice(len(replay), size=args.n_sources, p=lengths / lengths.sum())
+    sources = rng.choice(len(replay), size=args.n_sources, p=lengths / lengths.sum())  # (n_sources,) places in replay
     logits = {source: action_variance(policy, replay[source], args.c_online) for source in np.unique(sources)}
     states = []
     for source in sources:
@@ -593,7 +593,7 @@ def td_target(data: Transitions, index: torch.Tensor, policy, critic: TwinCritic
     noise = noise.clamp(-args.target_noise_clip, args.target_noise_clip)  # target smoothing
     action = squash(dist.sample()) + noise  # departure (5)
     action = action.clamp(-ACTION_LIMIT, ACTION_LIMIT)
-    following = critic(window[0][:, -1], action).min(0).values  # (B,)
+    following = critic(window[0][:, -1], action).min(0).values  # (B,) min(Q1', Q2')(s', a~)
     return data.rewards[index] / args.reward_divisor + args.gamma * ~data.terminated[index] * following
 
 
@@ -665,14 +665,14 @@ class QGuidedLearner:
     def train_critic(self, rng: np.random.Generator, updates: int) -> dict[str, float]:
         """Section 3.3.1: updates of the critic on transitions drawn uniformly from all there are; means of the values
         to log, and the seconds."""
-        args, logged = self.args, []
+        args, data, logged = self.args, self.transitions, []
         begun = time.perf_counter()
-        usable = self.transitions.usable.nonzero()[:, 0]
+        usable = data.usable.nonzero()[:, 0]
         torch.manual_seed(int(rng.integers(2**31)))  # of the target actions
         for update in range(1, updates + 1):
-            index = usable[torch.from_numpy(rng.integers(len(usable), size=args.critic_batch)).to(self.device)]
-            targets = (self.target_policy, self.target_critic)
-            loss, values = critic_loss(self.critic, *targets, self.transitions, index, args)
+            choice = torch.from_numpy(rng.integers(len(usable), size=args.critic_batch))
+            index = usable[choice.to(self.device)]  # (B,) slots
+            loss, values = critic_loss(self.critic, self.target_policy, self.target_critic, data, index, args)
             self.critic_optimizer.zero_grad()
             loss.backward()
             self.critic_optimizer.step()
@@ -681,7 +681,7 @@ class QGuidedLearner:
                 polyak(self.target_critic, self.critic, args.tau)
                 polyak(self.target_policy, self.model, args.tau)
             logged.append({name: value.detach() for name, value in values.items()})
-            if update % 500 == 0 and self.critic_updates <= args.critic_warmup:  # which takes long
+            if update % 500 == 0 and self.critic_updates <= args.critic_warmup:  # the warm-up takes long
                 shown = "  ".join(f"{name} {value.item():,.4g}" for name, value in logged[-1].items())
                 left = (updates - update) * (time.perf_counter() - begun) / update / 60
                 print(f"critic {update:,}/{updates:,}  {shown}  {left:.0f} min left", flush=True)
