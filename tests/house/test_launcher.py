@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -649,6 +650,13 @@ def test_every_finetuning_line_begins_with_a_line_of_pretraining_of_the_same_env
             ], each.name
             assert ("reinformer" in each.name) == (before.program[1:] == ["benchmark/reinformer.py", "pretrain"])
             assert ("reinformer" in each.name) == (each.program[1:] == ["benchmark/reinformer.py", "finetune"])
+
+
+def test_the_page_counts_the_lines_of_the_shell_scripts():
+    page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    counts = dict(re.findall(r"^\| \[benchmark/(\w+)\.sh\]\(\S+\) \| (\d+) \|", page, re.M))
+    assert {*counts} == {*SHELL, "baselines"}
+    assert {name: int(count) for name, count in counts.items()} == {name: len(lines_of(name)) for name in counts}
 
 
 SMALL = (
