@@ -17,22 +17,24 @@ figure() {
 
 mkdir -p ../../docs/figures
 figure overview overview \
-    ppo_dt__hopper-medium__shipped-small__* grpo_dt__hopper-medium__{shipped-one-scale__*,small-steps-then-gamma0.999-lr3e-5__1} \
+    ppo_dt__hopper-medium__shipped-small__* grpo_dt__hopper-medium__{shipped-one-scale-then-own-scales__*,small-steps-then-gamma0.999-lr3e-5__1} \
     grpo_dt__ant-medium__small-steps__* ppo_dt__ant-medium__small__* \
     q_guided_grpo_dt__ant-medium-replay__lr5e-5-tau0.05__1 grpo_dt__ant-medium-replay__small__1
 figure figures/hopper-medium Ho-M-v2 \
     grpo_dt__hopper-medium__annealed__* \
     grpo_dt__hopper-medium__{small-steps-then-gamma0.999-lr3e-5__1,one-scale-then-delta-r0-then-own-scales-lr4e-5__1} \
-    grpo_dt__hopper-medium__one-scale-delta-r0-then-own-scales__*
+    grpo_dt__hopper-medium__{one-scale-delta-r0,shipped-one-scale}-then-own-scales__[123]
 figure figures/hopper-random Ho-R-v2 \
     grpo_dt__hopper-random__{[0-9],small-100-iterations__3,small-lr2e-4-kappa0.01__3} ppo_dt__hopper-random__*
 figure figures/ppo Ho-M-v2 \
     ppo_dt__hopper-medium__{paper,gamma0.995,shipped-small}__*
 figure figures/hindsight Ho-M-v2 \
     ppo_dt__hopper-medium__shipped-small{,-hindsight}__*
+figure figures/mixed-groups Ho-M-v2 \
+    grpo_dt__hopper-medium__shipped-{l-eval985,mixed-groups,one-scale}__*
 figure figures/baselines Ho-M-v2 \
     odt__hopper-medium__small__* odt_td3__hopper-medium__small-alpha0.01__* iql__hopper-medium__small__* \
-    ppo_dt__hopper-medium__shipped-small__* q_guided_grpo_dt__hopper-medium__small__* grpo_dt__hopper-medium__shipped-one-scale__*
+    ppo_dt__hopper-medium__shipped-small__* q_guided_grpo_dt__hopper-medium__small__* grpo_dt__hopper-medium__shipped-one-scale-then-own-scales__*
 figure figures/baselines-random Ho-R-v2 \
     odt__hopper-random__small__* odt_td3__hopper-random__small-alpha0.01__* iql__hopper-random__small__* \
     q_guided_grpo_dt__hopper-random__small__* ppo_dt__hopper-random__[12] grpo_dt__hopper-random__small-lr2e-4-kappa0.01__3
