@@ -21,14 +21,14 @@ Image.open(sys.argv[1]).convert('RGB').quantize(255, dither=Image.Dither.NONE).s
 mkdir -p ../../docs/figures
 figure overview overview \
     ppo_dt__hopper-medium__shipped-small__* grpo_dt__hopper-medium__{shipped-one-scale-then-own-scales__*,small-steps-then-gamma0.999-lr3e-5__1} \
-    grpo_dt__ant-medium__small-steps__* ppo_dt__ant-medium__small__* \
+    grpo_dt__ant-medium__small-steps__* ppo_dt__ant-medium__small-longer__1 \
     q_guided_grpo_dt__ant-medium-replay__lr5e-5-tau0.05__1 grpo_dt__ant-medium-replay__small__1
 figure figures/hopper-medium Ho-M-v2 \
     grpo_dt__hopper-medium__annealed__* \
     grpo_dt__hopper-medium__{small-steps-then-gamma0.999-lr3e-5__1,one-scale-then-delta-r0-then-own-scales-lr4e-5__1} \
     grpo_dt__hopper-medium__{one-scale-delta-r0,shipped-one-scale}-then-own-scales__[123]
 figure figures/hopper-random Ho-R-v2 \
-    grpo_dt__hopper-random__{[0-9],small-100-iterations__3,small-lr2e-4-kappa0.01__3} ppo_dt__hopper-random__*
+    grpo_dt__hopper-random__{from-g-eval__*,small-100-iterations__3,small-lr2e-4-kappa0.01__3} ppo_dt__hopper-random__*
 figure figures/ppo Ho-M-v2 \
     ppo_dt__hopper-medium__{paper,gamma0.995,shipped-small}__*
 figure figures/hindsight Ho-M-v2 \
