@@ -291,6 +291,7 @@ def test_settings_are_held_against_the_papers_tables():
     )
     assert differs("ppo_dt", "Hopper", "random", hindsight=True, token_ratio=False) == "hindsight"
     assert differs("grpo_dt", "Hopper", "random", one_scale=60, anneal_lr=True) == "one_scale 60, anneal_lr"
+    assert differs("grpo_dt", "Hopper", "random", one_scale=True) == "one_scale"  # args.json of when it was a switch
     assert differs("grpo_dt", "Hopper", "random", one_scale=0, anneal_lr=False) == ""
     for old, new in (({"token_ratio": True}, "token"), ({"geometric_mean": True}, "geometric"), ({}, "sequence")):
         said = differs("grpo_dt", "Hopper", "random", **hopper(lr=1e-4, ratio=new))
