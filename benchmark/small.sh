@@ -14,7 +14,6 @@ pretrain_dt__Hopper-medium-replay__small python pretrain_dt.py --env-id Hopper-v
 pretrain_dt__Ant-medium__small           python pretrain_dt.py --env-id Ant-v5 --dataset-kind medium --dataset $data/Ant-v5-medium.hdf5 --small --eval-episodes 20
 pretrain_dt__Ant-medium-replay__small    python pretrain_dt.py --env-id Ant-v5 --dataset-kind medium-replay --dataset $data/Ant-v5-medium-replay.hdf5 --small --eval-episodes 20 --save-data
 pretrain_dt__Walker2d-medium__small      python pretrain_dt.py --env-id Walker2d-v5 --dataset-kind medium --dataset $data/Walker2d-v5-medium.hdf5 --small --eval-episodes 20
-pretrain_dt__Walker2d-medium-replay__small python pretrain_dt.py --env-id Walker2d-v5 --dataset-kind medium-replay --dataset $data/Walker2d-v5-medium-replay.hdf5 --small --eval-episodes 20
 pretrain_dt__Door-human__small           python pretrain_dt.py --env-id AdroitHandDoor-v1 --dataset-kind human --dataset $data/door-human.hdf5 --small --eval-episodes 20
 LINES
 )
@@ -49,14 +48,14 @@ grpo_dt__Ant-medium__l-eval50-delta-r0              python grpo_dt_continuous.py
 # its run goes on with smaller steps: python grpo_dt_continuous.py --resume RUN --lr 3e-5 --iterations 525
 ppo_dt__Hopper-medium__small             python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 84
 ppo_dt__Hopper-medium__small-gamma0.995  python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --iterations 84 --gamma 0.995
-ppo_dt__Ant-medium__small                python ppo_dt_continuous.py --env-id Ant-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Ant-medium__small__{seed} --small --iterations 400 --eval-every 5
-ppo_dt__Ant-medium__small-kappa0.02     python ppo_dt_continuous.py --env-id Ant-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Ant-medium__small__{seed} --small --kappa-initial 0.02 --iterations 1000 --eval-every 5
+ppo_dt__Ant-medium__small-kappa0.001 python ppo_dt_continuous.py --env-id Ant-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Ant-medium__small__{seed} --small --kappa-initial 1e-3 --iterations 400 --eval-every 5
+ppo_dt__Ant-medium__small-longer     python ppo_dt_continuous.py --env-id Ant-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Ant-medium__small__{seed} --small --iterations 1000 --eval-every 5
 ppo_dt__Hopper-medium__shipped-gamma0.995 python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained benchmark/checkpoints/hopper-medium --iterations 40 --gamma 0.995 --eval-every 5
 ppo_dt__Hopper-medium__shipped-small      python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained benchmark/checkpoints/hopper-medium --small --iterations 40 --eval-every 5
-ppo_dt__Hopper-medium__shipped-small-kappa0.02 python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained benchmark/checkpoints/hopper-medium --small --kappa-initial 0.02 --iterations 40 --eval-every 5
-ppo_dt__Hopper-medium__shipped-small-kappa0.02-longer python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained benchmark/checkpoints/hopper-medium --small --kappa-initial 0.02 --iterations 400 --eval-every 5
-ppo_dt__Hopper-medium__shipped-small-kappa0.02-hindsight python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained benchmark/checkpoints/hopper-medium --small --kappa-initial 0.02 --iterations 40 --eval-every 5 --hindsight
-ppo_dt__Walker2d-medium__small           python ppo_dt_continuous.py --env-id Walker2d-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Walker2d-medium__small__{seed} --small --iterations 400 --eval-every 5
+ppo_dt__Hopper-medium__shipped-small-kappa0.001 python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained benchmark/checkpoints/hopper-medium --small --kappa-initial 1e-3 --iterations 40 --eval-every 5
+ppo_dt__Hopper-medium__shipped-small-longer python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained benchmark/checkpoints/hopper-medium --small --iterations 400 --eval-every 5
+ppo_dt__Hopper-medium__shipped-small-hindsight python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium --pretrained benchmark/checkpoints/hopper-medium --small --iterations 40 --eval-every 5 --hindsight
+ppo_dt__Walker2d-medium__small-kappa0.001 python ppo_dt_continuous.py --env-id Walker2d-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Walker2d-medium__small__{seed} --small --kappa-initial 1e-3 --iterations 400 --eval-every 5
 q_guided_grpo_dt__Hopper-medium__small   python q_guided_grpo_dt.py --env-id Hopper-v5 --dataset-kind medium --pretrained runs/pretrain_dt__Hopper-medium__small__{seed} --small --iterations 150 --eval-every 5
 # From medium-replay data
 grpo_dt__Hopper-medium-replay__small     python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --iterations 100 --lr 5e-4 --buffer-size 512 --eval-every 3
@@ -64,10 +63,8 @@ grpo_dt__Hopper-medium-replay__small-kappa0.01 python grpo_dt_continuous.py --en
 grpo_dt__Hopper-medium-replay__small-steps     python grpo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --iterations 500 --small
 grpo_dt__Ant-medium-replay__small        python grpo_dt_continuous.py --env-id Ant-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Ant-medium-replay__small__{seed} --iterations 50 --lr 2e-4 --buffer-size 512 --eval-every 3
 ppo_dt__Hopper-medium-replay__small      python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --iterations 100
-ppo_dt__Hopper-medium-replay__small-kappa0.02-longer python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --small --kappa-initial 0.02 --iterations 400 --eval-every 5
-ppo_dt__Ant-medium-replay__small         python ppo_dt_continuous.py --env-id Ant-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Ant-medium-replay__small__{seed} --small --iterations 700 --eval-every 5
-grpo_dt__Ant-medium-replay__l-eval85-delta-r0 python grpo_dt_continuous.py --env-id Ant-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Ant-medium-replay__small__{seed} --iterations 250 --small --buffer-size 128 --l-eval 85 --delta-r 0 --anneal-lr
-ppo_dt__Walker2d-medium-replay__small    python ppo_dt_continuous.py --env-id Walker2d-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Walker2d-medium-replay__small__{seed} --small --iterations 400 --eval-every 5
+ppo_dt__Hopper-medium-replay__small-longer python ppo_dt_continuous.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --small --iterations 400 --eval-every 5
+ppo_dt__Ant-medium-replay__small-kappa0.001 python ppo_dt_continuous.py --env-id Ant-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Ant-medium-replay__small__{seed} --small --kappa-initial 1e-3 --iterations 700 --eval-every 5
 q_guided_grpo_dt__Hopper-medium-replay__small            python q_guided_grpo_dt.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --iterations 250 --lr 5e-5 --tau 0.05
 q_guided_grpo_dt__Hopper-medium-replay__small-gamma0.995 python q_guided_grpo_dt.py --env-id Hopper-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Hopper-medium-replay__small__{seed} --iterations 250 --lr 5e-5 --tau 0.05 --gamma 0.995
 q_guided_grpo_dt__Ant-medium-replay__small               python q_guided_grpo_dt.py --env-id Ant-v5 --dataset-kind medium-replay --pretrained runs/pretrain_dt__Ant-medium-replay__small__{seed} --iterations 170 --lr 5e-5 --tau 0.05

@@ -693,8 +693,6 @@ def test_every_line_is_parsed_and_takes_the_papers_row(all_lines, name, monkeypa
             named = {part.split(" ")[0] for part in differs.split(", ") if part}
             preset = script.SMALL if "--small" in each.flags else ()
             flags = {*each.flags, *(f"--{field.replace('_', '-')}" for field in preset)} & {*UNLIKE[method]}
-            if "--small" in each.flags and method == "ppo_dt" and args.kappa_initial == 0.02:
-                flags -= {"--kappa-initial"}  # the row's again, in place of the preset's
             values = {report.RATIOS[each.flags["--ratio"][0]]} if "--ratio" in flags else set()
             assert named == {flag[2:].replace("-", "_") for flag in flags - {"--ratio"}} | values, differs
             continue

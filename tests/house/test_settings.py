@@ -16,7 +16,7 @@ GRPO = dict(embed_dim=128, n_sources=4, n_batch=128, buffer_size=512, lr=1e-4, k
 PRESETS = {
     "pretrain_dt": dict(embed_dim=128, c_offline=1, updates=4000, lr=1e-3),
     "grpo_dt_continuous": GRPO,
-    "ppo_dt_continuous": dict(embed_dim=128, gamma=0.995, n_batch=64, kappa_initial=1e-3),
+    "ppo_dt_continuous": dict(embed_dim=128, gamma=0.995, n_batch=64),
     "q_guided_grpo_dt": dict(embed_dim=128, gamma=0.995, lr=5e-5, tau=0.05),
 }
 
