@@ -1,14 +1,16 @@
 """How far do policy gradients of independent groups agree? Before a run of hours: which L_eval, gamma and scale?
 
-    python benchmark/agreement.py RUN [--groups 128] [--horizons 30 100 400 1000] [--gammas 0.995 0.999] [--seed 1]
+    python benchmark/agreement.py RUN [--groups 128] [--horizons 30 115 415 1000] [--gammas 0.995 0.999] [--seed 1]
 
 RUN is the folder of a checkpoint, or the checkpoint.pt in it, of any script here. One set of groups is rolled out and
-scored over each horizon. Of each score it prints
+scored over each horizon, in steps, L_traj included. Of each score it prints
 
   std        the median over groups of its standard deviation within a group
-  agreement  the cosine between policy gradients of disjoint quarters of the groups: 0 is noise, 1 is without noise
+  agreement  the cosine between policy gradients of disjoint quarters of the groups: 0 is noise, 1 is without noise.
+             Quarters have states of the same trajectories, which makes them more alike; there are no error bars
   along      the cosine with the gradient of the reward over the longest horizon, undiscounted and on one scale, from
-             the other three quarters: below 0, what this score likes costs return
+             the other three quarters: below 0, what this score likes costs return. It says
+             nothing where the longest horizon's own gradients do not agree
 
 in the scale of Eq. 2 (each group's own standard deviation), on one scale for all groups, and in the geometric mean of
 both. The policy gradient is that of Eq. 3 where the ratio is 1: the mean of A grad log pi(tau). Minutes.
@@ -85,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of a run, or a checkpoint")
     parser.add_argument("--groups", type=int, default=128, help="groups, a multiple of 16")
-    parser.add_argument("--horizons", type=int, nargs="+", default=[30, 100, 400, 1000], help="steps that are scored")
+    parser.add_argument("--horizons", type=int, nargs="+", default=[30, 115, 415, 1000], help="steps that are scored")
     parser.add_argument("--gammas", type=float, nargs="+", default=[0.995, 0.999], help="discounts per step")
     parser.add_argument("--seed", type=int, default=1, help="seed of all that is drawn")
     parser.add_argument("--threads", type=int, default=None, help="torch's threads")
