@@ -83,6 +83,32 @@ def roll_out(base: dict, args: grpo.Args, groups: int, horizon: int):
     return model, grpo.SubTrajectories(*fields, u, nothing, nothing), steps.rewards
 
 
+def compare(model, sub: grpo.SubTrajectories, rewards: np.ndarray, given: argparse.Namespace, group_size: int) -> None:
+    """Print a row for each horizon, discount and scale. rewards (N, longest horizon)."""
+    order = np.random.default_rng(given.seed).permutation(given.groups)
+    members = np.arange(len(rewards)).reshape(-1, group_size)  # (P, G) places of a group's members
+    quarters = [members[part].ravel() for part in np.split(order, FOLDS)]
+
+    def gradients(scores: np.ndarray, power: float) -> list[np.ndarray]:
+        """Of each quarter of the groups."""
+        advantages = torch.from_numpy(advantages_of(scores, group_size, power)).float()
+        whole = sub._replace(advantage=advantages)
+        return [policy_gradient(model, whole.take(quarter)) for quarter in quarters]
+
+    target = gradients(rewards.sum(1), power=1.0)
+    rest = [sum(target) - each for each in target]  # of the other three quarters
+    print(f"\n{'steps':>6} {'gamma':>6} {'std':>8}  {'scale':8} {'agreement':>9} {'along':>6}")
+    for horizon in sorted(given.horizons):
+        for gamma in given.gammas:
+            scores = rewards[:, :horizon] @ gamma ** np.arange(horizon)  # (N,)
+            std = np.median(scores.reshape(-1, group_size).std(1))
+            for name, power in SCALES.items():
+                found = gradients(scores, power)
+                agreement = np.mean([cosine(a, b) for a, b in combinations(found, 2)])
+                along = np.mean([cosine(a, b) for a, b in zip(found, rest)])
+                print(f"{horizon:6} {gamma:6} {std:8.2f}  {name:8} {agreement:9.2f} {along:6.2f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of a run, or a checkpoint")
@@ -95,36 +121,20 @@ def main() -> None:
     given = parser.parse_args()
     base = grpo.load_checkpoint(given.run)
     args = grpo.Args(env_id=base["env_id"], seed=given.seed, threads=given.threads, workers=given.workers, cuda=False)
-    grpo.fill_from_table(args, base["dataset_kind"], base["g_eval"])
+    grpo.check_args(args)
+    grpo.fill_from_table(args, base["dataset_kind"], base["dataset_best_return"])
     args.c_online = base["c_online"]
     if given.groups < 16 or given.groups % 16:
-        grpo.die("--groups is a multiple of 16: four quarters of four points of a trajectory. Give such a number.")
+        grpo.die(
+            "--groups is a multiple of 16, for quarters and for four points of a trajectory: give such a number."
+        )
     if min(given.horizons) < args.l_traj:
         grpo.die(f"--horizons begin at L_traj, {args.l_traj} steps here: give no shorter one.")
-    begun, longest = time.time(), max(given.horizons)
-    model, sub, rewards = roll_out(base, args, given.groups, longest)
-    order = np.random.default_rng(given.seed).permutation(given.groups)
-    size = args.group_size
-    quarters = [np.add.outer(part * size, np.arange(size)).ravel() for part in np.split(order, FOLDS)]
-
-    def gradients(horizon: int, gamma: float, power: float) -> list[np.ndarray]:
-        """Of each quarter of the groups."""
-        scores = rewards[:, :horizon] @ gamma ** np.arange(horizon)
-        whole = sub._replace(advantage=torch.from_numpy(advantages_of(scores, size, power)).float())
-        return [policy_gradient(model, whole.take(quarter)) for quarter in quarters]
-
-    target = gradients(longest, 1.0, 1.0)
-    rest = [sum(target) - each for each in target]  # of the other three quarters
-    print(f"\n{'steps':>6} {'gamma':>6} {'std':>8}  {'scale':8} {'agreement':>9} {'along':>6}")
-    for horizon in sorted(given.horizons):
-        for gamma in given.gammas:
-            scores = rewards[:, :horizon] @ gamma ** np.arange(horizon)
-            std = np.median(scores.reshape(-1, size).std(1))
-            for name, power in SCALES.items():
-                found = gradients(horizon, gamma, power)
-                agreement = np.mean([cosine(a, b) for a, b in combinations(found, 2)])
-                along = np.mean([cosine(a, b) for a, b in zip(found, rest)])
-                print(f"{horizon:6} {gamma:6} {std:8.2f}  {name:8} {agreement:9.2f} {along:6.2f}", flush=True)
+    if not all(0 < gamma <= 1 for gamma in given.gammas):
+        grpo.die("--gammas are above 0, up to 1: give such numbers.")
+    begun = time.time()
+    model, sub, rewards = roll_out(base, args, given.groups, max(given.horizons))
+    compare(model, sub, rewards, given, args.group_size)
     print(f"{time.time() - begun:.0f} s")
 
 

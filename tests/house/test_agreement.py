@@ -18,7 +18,7 @@ spec.loader.exec_module(agreement)
 
 
 def run(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["agreement.py", *map(str, words), "--threads", "1", "--workers", "0"])
+    monkeypatch.setattr(sys, "argv", ["agreement.py", "--threads", "1", "--workers", "0", *map(str, words)])
     agreement.main()
 
 
@@ -113,3 +113,9 @@ def test_sizes_that_cannot_be_are_refused(monkeypatch, pretrained, refused):
         run(monkeypatch, pretrained(), "--groups", 20)
     with refused("--horizons", "15"):
         run(monkeypatch, pretrained(), "--horizons", 10, 30)
+    with refused("--gammas"):
+        run(monkeypatch, pretrained(), "--gammas", 1.5)
+    with refused("--workers", "-1"):
+        run(monkeypatch, pretrained(), "--workers", -1)
+    with refused("nowhere", "not found"):
+        run(monkeypatch, "nowhere")
