@@ -125,9 +125,7 @@ def main() -> None:
     grpo.fill_from_table(args, base["dataset_kind"], base["dataset_best_return"])
     args.c_online = base["c_online"]
     if given.groups < 16 or given.groups % 16:
-        grpo.die(
-            "--groups is a multiple of 16, for quarters and for four points of a trajectory: give such a number."
-        )
+        grpo.die("--groups is a multiple of 16, for quarters and for four points of a trajectory: give such a number.")
     if min(given.horizons) < args.l_traj:
         grpo.die(f"--horizons begin at L_traj, {args.l_traj} steps here: give no shorter one.")
     if not all(0 < gamma <= 1 for gamma in given.gammas):
